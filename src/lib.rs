@@ -1,0 +1,8 @@
+//! Pumphouse: a durable message pump.
+
+pub mod model;
+pub mod clock;
+pub mod policy;
+pub mod telemetry;
+pub mod store;
+pub mod pump;

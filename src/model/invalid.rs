@@ -1,0 +1,26 @@
+//! Which field was wrong, and what would have been right.
+
+/// A value from outside that cannot be accepted; it names the field and says what would be right.
+///
+/// `pointer` is a JSON pointer (RFC 6901) into the body, or the name of a header or parameter.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{pointer}: {detail}")]
+pub struct Invalid {
+    /// Where: `/recovery/backoff/base`, `Pumphouse-Delay`, `limit`.
+    pub pointer: String,
+    /// What would have been right, as a sentence fragment without a full stop.
+    pub detail: String,
+}
+
+impl Invalid {
+    /// An error about the value at `pointer`.
+    pub fn new(pointer: impl Into<String>, detail: impl Into<String>) -> Self {
+        Self { pointer: pointer.into(), detail: detail.into() }
+    }
+
+    /// The same error, seen from one level further out: `/delay` becomes `/messages/1/delay`.
+    #[must_use]
+    pub fn under(self, prefix: &str) -> Self {
+        Self { pointer: format!("{prefix}{}", self.pointer), detail: self.detail }
+    }
+}

@@ -1,0 +1,48 @@
+//! A claim on a message, for a time, with a fencing token.
+
+use std::time::{Duration, Instant};
+
+use super::{Message, MessageId, Tries};
+
+/// A random 63-bit number that fences a lease: it changes at every claim and is never guessed or reused.
+///
+/// Random, and not the attempt's number: a number could come again after a crash of the database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Token(pub i64);
+
+/// The right to deliver and settle one message, until it runs out.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lease {
+    /// The message's number in its store; it means nothing outside.
+    pub seq: i64,
+    /// The message's name.
+    pub id: MessageId,
+    /// What a settlement must show.
+    pub token: Token,
+    /// When it runs out at the latest, by this process' own monotonic clock.
+    ///
+    /// Taken before the claim was sent, so that it errs on the safe side. The database's clock decides.
+    pub until: Instant,
+}
+
+impl Lease {
+    /// How much of it is left at `now`; zero once it has run out.
+    pub fn left(&self, now: Instant) -> Duration {
+        self.until.saturating_duration_since(now)
+    }
+}
+
+/// A message with the lease on it, as a store hands it over.
+#[derive(Debug, Clone)]
+pub struct Leased {
+    /// The right to settle it.
+    pub lease: Lease,
+    /// The message with its payload.
+    pub message: Message,
+    /// How often it was tried; `tries.attempts` is the number of the attempt that this lease is for.
+    pub tries: Tries,
+    /// When it was due: queue wait is counted from here.
+    pub due_at: jiff::Timestamp,
+    /// The database's time at the claim; with `due_at` it gives the wait by one clock.
+    pub leased_at: jiff::Timestamp,
+}

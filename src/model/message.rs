@@ -1,0 +1,226 @@
+//! A message, as sent and as kept.
+
+use std::fmt;
+use std::time::Duration;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use uuid::Uuid;
+
+use super::{Invalid, QueueName, State};
+
+/// The lowest priority a message can have.
+pub const PRIORITY_MIN: i8 = -100;
+/// The highest priority; higher goes first, 0 is the default.
+pub const PRIORITY_MAX: i8 = 100;
+/// The longest delay before a delivery or an expiry: a year.
+pub const DELAY_MAX: Duration = Duration::from_secs(366 * 86_400);
+/// The most bytes in a type, a correlation id or a causation id.
+pub const TEXT_MAX: usize = 255;
+/// The most bytes in an idempotency key.
+pub const IDEMPOTENCY_KEY_MAX: usize = 255;
+
+/// The name of one message, for ever: a UUIDv7 (RFC 9562). It stays the same over all attempts.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct MessageId(pub Uuid);
+
+impl MessageId {
+    /// A new id that sorts after those made before it in this process.
+    pub fn new() -> Self {
+        Self(Uuid::now_v7())
+    }
+
+    /// Reads an id as the API writes it.
+    pub fn parse(text: &str) -> Result<Self, Invalid> {
+        let wrong = |_| Invalid::new("id", "a message id is a UUID");
+        Uuid::try_parse(text).map(Self).map_err(wrong)
+    }
+}
+
+impl Default for MessageId {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Display for MessageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+impl fmt::Debug for MessageId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(&self.0, f)
+    }
+}
+
+/// When something is to happen, by the database's clock.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum When {
+    /// At once.
+    #[default]
+    Now,
+    /// So long after the message was taken in.
+    In(Duration),
+    /// At a moment; one that has passed counts as now.
+    At(Timestamp),
+}
+
+/// A message on its way in: what the sender said, checked.
+///
+/// Its id is chosen before it is stored, so that a handler's repeat can collapse onto the first one.
+#[derive(Debug, Clone)]
+pub struct NewMessage {
+    /// Its name from now on.
+    pub id: MessageId,
+    /// Where it is to wait.
+    pub queue: QueueName,
+    /// What it is about, for filters and for `ce-type`.
+    pub kind: Option<String>,
+    /// What conversation it belongs to.
+    pub correlation_id: Option<String>,
+    /// The rest of the metadata.
+    pub details: Details,
+    /// The payload, byte for byte.
+    pub body: Bytes,
+    /// When it is to be delivered, at the earliest.
+    pub deliver: When,
+    /// When it is no longer worth delivering; `None` for never.
+    pub expires: Option<When>,
+    /// [`PRIORITY_MIN`] to [`PRIORITY_MAX`], higher first.
+    pub priority: i8,
+    /// The keys under which a repeat of the same request is recognised: at most its own and its batch's.
+    pub keys: Vec<Idempotency>,
+}
+
+impl NewMessage {
+    /// A message with nothing but a payload, due now.
+    pub fn new(queue: QueueName, body: impl Into<Bytes>) -> Self {
+        Self {
+            id: MessageId::new(),
+            queue,
+            kind: None,
+            correlation_id: None,
+            details: Details::default(),
+            body: body.into(),
+            deliver: When::Now,
+            expires: None,
+            priority: 0,
+            keys: Vec::new(),
+        }
+    }
+}
+
+/// Metadata that is kept and delivered, but never searched.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Details {
+    /// The payload's media type, as the sender gave it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub content_type: Option<String>,
+    /// Headers to send on to the handler, names in lower case.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub headers: Vec<(String, String)>,
+    /// The message that caused this one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub causation_id: Option<String>,
+    /// W3C trace context of the sender.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<String>,
+    /// W3C trace state of the sender.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tracestate: Option<String>,
+    /// W3C baggage of the sender.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub baggage: Option<String>,
+}
+
+/// A key under which a repeated request is recognised, with a fingerprint of that request.
+///
+/// Follows the IETF draft *The Idempotency-Key HTTP Header Field*: same key and same fingerprint is a
+/// repeat, same key and another fingerprint is a mistake of the caller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Idempotency {
+    /// 128 bits of SHA-256 over scope and key.
+    pub key: [u8; 16],
+    /// SHA-256 over what makes the request the same: body, content type, options.
+    pub fingerprint: [u8; 32],
+}
+
+impl Idempotency {
+    /// The key `key` in `scope` (a message's, a batch's, a batch item's) for a request with this fingerprint.
+    pub fn new(scope: &str, key: &str, fingerprint: [u8; 32]) -> Self {
+        let mut hash = Sha256::new();
+        hash.update((scope.len() as u64).to_be_bytes());
+        hash.update(scope);
+        hash.update(key);
+        let digest: [u8; 32] = hash.finalize().into();
+        let mut short = [0; 16];
+        short.copy_from_slice(&digest[..16]);
+        Self { key: short, fingerprint }
+    }
+}
+
+/// A message as a handler gets it.
+#[derive(Debug, Clone)]
+pub struct Message {
+    /// Everything but the payload.
+    pub head: Head,
+    /// The payload, byte for byte as it was sent.
+    pub body: Bytes,
+}
+
+/// What is known of a message for all its life.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Head {
+    /// Its name.
+    pub id: MessageId,
+    /// Where it waits.
+    pub queue: QueueName,
+    /// What it is about.
+    pub kind: Option<String>,
+    /// What conversation it belongs to.
+    pub correlation_id: Option<String>,
+    /// The rest of the metadata.
+    pub details: Details,
+    /// Higher goes first.
+    pub priority: i8,
+    /// When it was committed, by the database's clock.
+    pub enqueued_at: Timestamp,
+    /// When it stops being worth a delivery.
+    pub expires_at: Option<Timestamp>,
+}
+
+/// How often a message was tried. All three only grow, but for a redrive, which starts the budgets anew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Tries {
+    /// Leases taken: the number of the latest attempt, counted when its lease is taken.
+    pub attempts: u32,
+    /// Deliveries that failed; against `recovery.max_attempts`.
+    pub failures: u32,
+    /// Leases that ran out with nobody answering for them; against `recovery.max_crashes`.
+    pub crashes: u32,
+}
+
+/// A message as the store knows it, without its payload.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// What never changes.
+    pub head: Head,
+    /// Where it stands.
+    pub state: State,
+    /// When it is due, or was.
+    pub deliver_at: Timestamp,
+    /// When it reached a state that ends it.
+    pub finished_at: Option<Timestamp>,
+    /// How often it was tried.
+    pub tries: Tries,
+    /// Why it is dead, discarded or cancelled, in a sentence.
+    pub reason: Option<String>,
+    /// The payload's length in bytes.
+    pub size: u64,
+}

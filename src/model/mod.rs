@@ -1,0 +1,37 @@
+//! The nouns of the house, and nothing else.
+//!
+//! No async, no I/O, no clock, no randomness: everything here is a value that can be made, compared
+//! and printed. What is checked at the door is parsed into these types, and trusted from there on.
+//!
+//! - **message**: bytes, a content type and metadata ([`Message`], as sent [`NewMessage`]).
+//! - **queue**: where messages wait, and how they are treated ([`QueueSettings`]).
+//! - **lease**: a claim on a message, for a time, with a token that changes at every claim ([`Lease`]).
+//! - **verdict**: what a handler says ([`Verdict`]); **failure**: what went wrong ([`Failure`]).
+//! - **settlement**: what is written ([`Settlement`]).
+//! - **dead letter**: a message in the state [`State::Dead`], kept with its history until somebody acts.
+
+mod names;
+mod invalid;
+mod span;
+mod message;
+mod lifecycle;
+mod lease;
+mod outcome;
+mod queue;
+
+pub use invalid::Invalid;
+pub use lease::{Lease, Leased, Token};
+pub use lifecycle::{State, may_move};
+pub use message::{
+    DELAY_MAX, Details, Head, IDEMPOTENCY_KEY_MAX, Idempotency, Message, MessageId, NewMessage,
+    PRIORITY_MAX, PRIORITY_MIN, Record, TEXT_MAX, Tries, When,
+};
+pub use names::{QueueName, ReplicaName};
+pub use outcome::{
+    ANSWER_KEPT, Answer, DeliveryRecord, ErrorKind, Failure, Outcome, Settlement, Verdict,
+};
+pub use queue::{
+    Backoff, Builtin, Concurrency, Handler, HttpHandler, Jitter, LEASE_MARGIN, LIMIT_MAX, MASK,
+    QueueRecord, QueueSettings, Recovery, Retention, RetryStatuses, RunState, Scope, Stopped,
+};
+pub use span::{parse_span, span_text};

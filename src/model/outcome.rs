@@ -1,0 +1,266 @@
+//! Verdict (what a handler says), failure (what went wrong), settlement (what will be written).
+
+use std::fmt;
+use std::time::Duration;
+
+use bytes::Bytes;
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::{Invalid, ReplicaName};
+
+/// How much of a handler's answer is kept with its delivery: the first 4 KiB.
+pub const ANSWER_KEPT: usize = 4096;
+
+/// What a handler says of a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// Done; never deliver it again.
+    Ack,
+    /// Not now. Counts as a failure, goes by the queue's recovery, and not before `after` if that is given.
+    Retry {
+        /// The shortest wait the handler wants.
+        after: Option<Duration>,
+    },
+    /// Never; set it aside for a person to look at.
+    DeadLetter {
+        /// Why, in a sentence.
+        reason: String,
+    },
+    /// Never, and nobody needs to look at it.
+    Discard {
+        /// Why, in a sentence.
+        reason: String,
+    },
+}
+
+/// A verdict, and what the handler said with it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Answer {
+    /// What to do.
+    pub verdict: Verdict,
+    /// The HTTP status, where there was one.
+    pub status: Option<u16>,
+    /// The first [`ANSWER_KEPT`] bytes of what it said.
+    pub excerpt: Bytes,
+}
+
+impl From<Verdict> for Answer {
+    fn from(verdict: Verdict) -> Self {
+        Self { verdict, status: None, excerpt: Bytes::new() }
+    }
+}
+
+/// A delivery that brought no verdict. The queue's recovery decides what follows.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{kind}: {detail}")]
+pub struct Failure {
+    /// What sort of failure.
+    pub kind: ErrorKind,
+    /// What happened, for a person; no bodies, no secrets.
+    pub detail: String,
+    /// The HTTP status, where there was one.
+    pub status: Option<u16>,
+    /// What the handler asked for with `Retry-After`.
+    pub retry_after: Option<Duration>,
+    /// The first [`ANSWER_KEPT`] bytes of what it said.
+    pub excerpt: Bytes,
+}
+
+impl Failure {
+    /// A failure without an answer.
+    pub fn new(kind: ErrorKind, detail: impl Into<String>) -> Self {
+        let detail = detail.into();
+        Self { kind, detail, status: None, retry_after: None, excerpt: Bytes::new() }
+    }
+}
+
+/// The sorts of failure, as the API names them in `error_kind`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorKind {
+    /// The handler's name could not be resolved.
+    Dns,
+    /// No connection came about.
+    Connect,
+    /// The TLS handshake failed.
+    Tls,
+    /// The deadline over the whole exchange passed.
+    Timeout,
+    /// The connection broke before the answer was whole.
+    Reset,
+    /// The handler answered with a status that is no success.
+    Status,
+    /// The answer was larger than is read.
+    TooLarge,
+    /// The answer was not what its headers said.
+    Malformed,
+    /// The handler in this process panicked.
+    Panic,
+    /// The pump cut the delivery: an abort, or the end of a drain.
+    Cancelled,
+    /// The handler's address is one that is never called.
+    AddressRefused,
+    /// The lease ran out, and nobody answered for the attempt.
+    LeaseLost,
+    /// The handler in this process returned an error.
+    Handler,
+}
+
+impl ErrorKind {
+    /// Every sort there is.
+    pub const ALL: [Self; 13] = [
+        Self::Dns,
+        Self::Connect,
+        Self::Tls,
+        Self::Timeout,
+        Self::Reset,
+        Self::Status,
+        Self::TooLarge,
+        Self::Malformed,
+        Self::Panic,
+        Self::Cancelled,
+        Self::AddressRefused,
+        Self::LeaseLost,
+        Self::Handler,
+    ];
+
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Dns => "dns",
+            Self::Connect => "connect",
+            Self::Tls => "tls",
+            Self::Timeout => "timeout",
+            Self::Reset => "reset",
+            Self::Status => "status",
+            Self::TooLarge => "too_large",
+            Self::Malformed => "malformed",
+            Self::Panic => "panic",
+            Self::Cancelled => "cancelled",
+            Self::AddressRefused => "address_refused",
+            Self::LeaseLost => "lease_lost",
+            Self::Handler => "handler",
+        }
+    }
+
+    /// Reads the word; fails with all the words there are.
+    pub fn parse(text: &str) -> Result<Self, Invalid> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == text).ok_or_else(|| {
+            let words = Self::ALL.map(Self::as_str).join(", ");
+            Invalid::new("error_kind", format!("an error kind is one of {words}"))
+        })
+    }
+}
+
+impl fmt::Display for ErrorKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}
+
+/// What will be written about a leased message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Settlement {
+    /// Completed.
+    Ack,
+    /// Failed; due again after this long. Counts a failure.
+    Retry {
+        /// Zero for at once.
+        after: Duration,
+    },
+    /// Dead. Counts a failure.
+    DeadLetter {
+        /// Why, in a sentence.
+        reason: String,
+    },
+    /// Discarded.
+    Discard {
+        /// Why, in a sentence.
+        reason: String,
+    },
+    /// Ready again, nothing counted: the attempt was cut or never started.
+    Release,
+}
+
+/// How a delivery ended, as its record and the metric `deliveries_total` say it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Outcome {
+    /// Acknowledged.
+    Acked,
+    /// Failed, to be tried again.
+    Failed,
+    /// Failed for good or refused; the message is dead.
+    DeadLettered,
+    /// The handler said to drop it.
+    Discarded,
+    /// Cut by the pump; counts as no failure.
+    Released,
+    /// The lease ran out before an answer was written.
+    LeaseLost,
+}
+
+impl Outcome {
+    /// Every way a delivery can end.
+    pub const ALL: [Self; 6] = [
+        Self::Acked,
+        Self::Failed,
+        Self::DeadLettered,
+        Self::Discarded,
+        Self::Released,
+        Self::LeaseLost,
+    ];
+
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Acked => "acked",
+            Self::Failed => "failed",
+            Self::DeadLettered => "dead_lettered",
+            Self::Discarded => "discarded",
+            Self::Released => "released",
+            Self::LeaseLost => "lease_lost",
+        }
+    }
+
+    /// Reads the word, if it is one.
+    pub fn from_text(text: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|outcome| outcome.as_str() == text)
+    }
+}
+
+impl From<&Settlement> for Outcome {
+    fn from(settlement: &Settlement) -> Self {
+        match settlement {
+            Settlement::Ack => Self::Acked,
+            Settlement::Retry { .. } => Self::Failed,
+            Settlement::DeadLetter { .. } => Self::DeadLettered,
+            Settlement::Discard { .. } => Self::Discarded,
+            Settlement::Release => Self::Released,
+        }
+    }
+}
+
+/// One delivery as it is remembered, written in the transaction that settles it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct DeliveryRecord {
+    /// The attempt's number: never used twice for a message.
+    pub number: u32,
+    /// Which process delivered it.
+    pub replica: ReplicaName,
+    /// When it started. By the clock of the replica, for a person to read; nothing is decided by it.
+    pub started_at: Timestamp,
+    /// How long it took.
+    pub duration: Duration,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The HTTP status, where there was one.
+    pub status: Option<u16>,
+    /// What went wrong, where something did.
+    pub error_kind: Option<ErrorKind>,
+    /// The same in a sentence.
+    pub error: Option<String>,
+    /// The first [`ANSWER_KEPT`] bytes of the answer.
+    pub answer: Bytes,
+}

@@ -1,0 +1,437 @@
+//! How a queue is to be treated: handler, limits, recovery, retention.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use url::Url;
+
+use super::{Invalid, QueueName};
+
+/// What a lease lasts longer than the handler's timeout, by default.
+pub const LEASE_MARGIN: Duration = Duration::from_secs(30);
+/// The highest concurrency limit a queue or the whole pump can have.
+pub const LIMIT_MAX: u32 = 100_000;
+/// What stands in place of a secret when settings are read; put back, it keeps what is stored.
+pub const MASK: &str = "********";
+
+/// How a queue is to be treated. Checked by [`QueueSettings::check`]; what is stored was checked.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct QueueSettings {
+    /// Who processes its messages.
+    pub handler: Handler,
+    /// How many at once.
+    pub concurrency: Concurrency,
+    /// How long a claim on a message lasts; `None` for the handler's timeout and [`LEASE_MARGIN`].
+    #[serde(default, with = "maybe_micros")]
+    pub lease: Option<Duration>,
+    /// What follows a failure.
+    pub recovery: Recovery,
+    /// How long an idempotency key is remembered, at least.
+    #[serde(with = "micros")]
+    pub dedup_window: Duration,
+    /// How long what has ended is kept.
+    pub retention: Retention,
+    /// How many messages may be unsettled at once; `None` for no limit.
+    pub max_messages: Option<u64>,
+}
+
+impl Default for QueueSettings {
+    fn default() -> Self {
+        Self {
+            handler: Handler::Pull,
+            concurrency: Concurrency::default(),
+            lease: None,
+            recovery: Recovery::default(),
+            dedup_window: Duration::from_secs(24 * 3600),
+            retention: Retention::default(),
+            max_messages: None,
+        }
+    }
+}
+
+/// Who processes a queue's messages.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Handler {
+    /// An HTTP endpoint that gets a `POST` for each message.
+    Http(HttpHandler),
+    /// A handler that comes with the house.
+    Builtin {
+        /// Which one.
+        name: Builtin,
+    },
+    /// Nobody yet: messages wait until a worker takes them.
+    Pull,
+    /// A `tower::Service` in the program that runs the pump.
+    Service,
+}
+
+/// An HTTP endpoint.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HttpHandler {
+    /// Where to `POST`: http or https, without user name and password.
+    pub url: Url,
+    /// One deadline over connecting, TLS, headers and body.
+    #[serde(with = "micros")]
+    pub timeout: Duration,
+    /// Headers that go along with every delivery; values are masked when read.
+    #[serde(default)]
+    pub headers: BTreeMap<String, String>,
+}
+
+/// The handlers that come with the house.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Builtin {
+    /// Shows each message on the console, and acks.
+    Log,
+    /// Acks.
+    Discard,
+}
+
+/// How many deliveries of a queue may be open at once.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Concurrency {
+    /// The limit; 0 pauses the queue.
+    pub limit: u32,
+    /// Whether the limit is for all replicas together or for each.
+    pub scope: Scope,
+}
+
+impl Default for Concurrency {
+    fn default() -> Self {
+        Self { limit: 16, scope: Scope::Cluster }
+    }
+}
+
+/// What a limit counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Scope {
+    /// Open deliveries over all replicas.
+    Cluster,
+    /// Open deliveries of each replica.
+    Replica,
+}
+
+/// What follows a failed delivery.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Recovery {
+    /// How many failures are followed by a retry at once, before any backoff.
+    pub immediate: u32,
+    /// How many deliveries may fail before the message is dead.
+    pub max_attempts: u32,
+    /// How many attempts may end with nobody answering for them before the message is dead.
+    pub max_crashes: u32,
+    /// How long to wait after the immediate retries.
+    pub backoff: Backoff,
+    /// How old a message may be to be tried again.
+    #[serde(with = "micros")]
+    pub max_age: Duration,
+    /// The longest wait a handler can ask for.
+    #[serde(with = "micros")]
+    pub retry_after_max: Duration,
+    /// Which statuses are worth a retry.
+    pub retry_statuses: RetryStatuses,
+}
+
+/// Which HTTP statuses are worth a retry.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RetryStatuses {
+    /// Those of the table in the protocol.
+    Default,
+    /// Everything that is no 2xx.
+    All,
+}
+
+impl Default for Recovery {
+    fn default() -> Self {
+        Self {
+            immediate: 2,
+            max_attempts: 12,
+            max_crashes: 20,
+            backoff: Backoff::default(),
+            max_age: Duration::from_secs(3 * 86_400),
+            retry_after_max: Duration::from_secs(3600),
+            retry_statuses: RetryStatuses::Default,
+        }
+    }
+}
+
+/// Exponential backoff: `base × factorⁿ`, at most `max`, spread by the jitter.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Backoff {
+    /// The first wait.
+    #[serde(with = "micros")]
+    pub base: Duration,
+    /// What each wait is multiplied with to get the next; at least 1.
+    pub factor: f64,
+    /// The longest wait.
+    #[serde(with = "micros")]
+    pub max: Duration,
+    /// How waits are spread, so that what failed together does not come back together.
+    pub jitter: Jitter,
+}
+
+impl Default for Backoff {
+    fn default() -> Self {
+        Self {
+            base: Duration::from_secs(1),
+            factor: 2.0,
+            max: Duration::from_secs(3600),
+            jitter: Jitter::Full,
+        }
+    }
+}
+
+/// How a wait is spread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Jitter {
+    /// Anything from nothing to the whole wait.
+    Full,
+    /// Not at all.
+    None,
+}
+
+/// How long what has ended is kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Retention {
+    /// Completed, discarded, expired and cancelled messages.
+    #[serde(with = "micros")]
+    pub completed: Duration,
+    /// Dead letters.
+    #[serde(with = "micros")]
+    pub dead: Duration,
+}
+
+impl Default for Retention {
+    fn default() -> Self {
+        Self { completed: Duration::from_secs(24 * 3600), dead: Duration::from_secs(30 * 86_400) }
+    }
+}
+
+impl QueueSettings {
+    /// How long the handler may take.
+    pub fn timeout(&self) -> Duration {
+        match &self.handler {
+            Handler::Http(http) => http.timeout,
+            Handler::Builtin { .. } | Handler::Pull | Handler::Service => Duration::from_secs(30),
+        }
+    }
+
+    /// How long a lease on one of its messages lasts.
+    pub fn lease(&self) -> Duration {
+        self.lease.unwrap_or(self.timeout() + LEASE_MARGIN)
+    }
+
+    /// The ETag of the settings alone: it changes with them and with nothing else.
+    pub fn etag(&self) -> String {
+        let json = serde_json::to_vec(self).expect("settings are plain data, which is always JSON");
+        let digest = Sha256::digest(json);
+        let hex = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect::<String>();
+        format!("\"{hex}\"")
+    }
+
+    /// Says what is wrong with them; every wrong value, not only the first.
+    pub fn check(&self) -> Result<(), Vec<Invalid>> {
+        let mut wrong = Vec::new();
+        let mut rule = |good: bool, pointer: &str, detail: &str| {
+            if !good {
+                wrong.push(Invalid::new(pointer, detail));
+            }
+        };
+        if let Handler::Http(http) = &self.handler {
+            let scheme = matches!(http.url.scheme(), "http" | "https");
+            rule(
+                scheme && http.url.has_host(),
+                "/handler/url",
+                "a handler's URL starts with http:// or https:// and names a host",
+            );
+            let anonymous = http.url.username().is_empty() && http.url.password().is_none();
+            rule(
+                anonymous,
+                "/handler/url",
+                "a handler's URL carries no user name or password; use handler.headers",
+            );
+            rule(
+                http.url.as_str().len() <= 2048,
+                "/handler/url",
+                "a handler's URL has at most 2048 bytes",
+            );
+            rule(
+                (SHORTEST..=LONGEST_TIMEOUT).contains(&http.timeout),
+                "/handler/timeout",
+                "a timeout is from 1ms to 12h",
+            );
+            rule(http.headers.len() <= 32, "/handler/headers", "at most 32 headers");
+        }
+        rule(
+            self.concurrency.limit <= LIMIT_MAX,
+            "/concurrency/limit",
+            "a limit is from 0 to 100000",
+        );
+        let shortest_lease = self.timeout() + Duration::from_secs(1);
+        rule(
+            self.lease() >= shortest_lease,
+            "/lease",
+            "a lease is at least the handler's timeout and one second",
+        );
+        rule(self.lease() <= LONGEST_TIMEOUT + LEASE_MARGIN, "/lease", "a lease is at most 12h");
+        let recovery = &self.recovery;
+        rule(
+            (1..=1000).contains(&recovery.max_attempts),
+            "/recovery/max_attempts",
+            "from 1 to 1000",
+        );
+        rule((1..=1000).contains(&recovery.max_crashes), "/recovery/max_crashes", "from 1 to 1000");
+        rule(recovery.immediate <= 1000, "/recovery/immediate", "from 0 to 1000");
+        let factor = recovery.backoff.factor;
+        rule((1.0..=100.0).contains(&factor), "/recovery/backoff/factor", "from 1 to 100");
+        rule(
+            recovery.backoff.base >= SHORTEST && recovery.backoff.base <= recovery.backoff.max,
+            "/recovery/backoff/base",
+            "at least 1ms, and not longer than backoff.max",
+        );
+        rule(recovery.backoff.max <= LONGEST, "/recovery/backoff/max", "at most 366d");
+        rule(
+            recovery.max_age >= SHORTEST && recovery.max_age <= LONGEST,
+            "/recovery/max_age",
+            "from 1ms to 366d",
+        );
+        rule(recovery.retry_after_max <= LONGEST, "/recovery/retry_after_max", "at most 366d");
+        rule(self.dedup_window <= LONGEST, "/dedup_window", "at most 366d");
+        rule(self.retention.completed <= LONGEST, "/retention/completed", "at most 366d");
+        rule(self.retention.dead <= LONGEST * 10, "/retention/dead", "at most 3660d");
+        rule(self.max_messages != Some(0), "/max_messages", "at least 1, or null for no limit");
+        if wrong.is_empty() { Ok(()) } else { Err(wrong) }
+    }
+}
+
+const SHORTEST: Duration = Duration::from_millis(1);
+const LONGEST: Duration = Duration::from_secs(366 * 86_400);
+const LONGEST_TIMEOUT: Duration = Duration::from_secs(12 * 3600);
+
+/// Whether a queue, or the whole pump, is to run.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "snake_case")]
+pub enum RunState {
+    /// Its messages are delivered.
+    #[default]
+    Running,
+    /// Its messages wait. It keeps accepting.
+    Stopped(Stopped),
+}
+
+/// Who stopped it, when and why.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stopped {
+    /// When.
+    pub at: Timestamp,
+    /// Who: `operator`, or `handler` for one that answered 410.
+    pub by: String,
+    /// Why, in a sentence.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+    /// When it starts again by itself.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<Timestamp>,
+}
+
+/// A queue as the store knows it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct QueueRecord {
+    /// Its name.
+    pub name: QueueName,
+    /// How it is to be treated.
+    pub settings: QueueSettings,
+    /// Whether it is to run.
+    pub state: RunState,
+}
+
+/// Durations as whole microseconds, the unit of everything that is stored.
+mod micros {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
+        to.serialize_u64(u64::try_from(value.as_micros()).unwrap_or(u64::MAX))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+        u64::deserialize(from).map(Duration::from_micros)
+    }
+}
+
+/// The same, where there may be none.
+mod maybe_micros {
+    use std::time::Duration;
+
+    use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+    pub(super) fn serialize<S: Serializer>(v: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
+        v.map(|value| u64::try_from(value.as_micros()).unwrap_or(u64::MAX)).serialize(to)
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Option<Duration>, D::Error> {
+        Ok(Option::<u64>::deserialize(from)?.map(Duration::from_micros))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_defaults_are_in_order() {
+        assert_eq!(QueueSettings::default().check(), Ok(()));
+    }
+
+    #[test]
+    fn a_lease_must_outlast_the_handler() {
+        let mut settings =
+            QueueSettings { lease: Some(Duration::from_secs(30)), ..Default::default() };
+        assert_eq!(settings.check().unwrap_err()[0].pointer, "/lease");
+        settings.lease = Some(Duration::from_secs(31));
+        assert_eq!(settings.check(), Ok(()));
+    }
+
+    #[test]
+    fn every_wrong_value_is_named() {
+        let mut settings = QueueSettings::default();
+        settings.recovery.backoff.factor = f64::NAN;
+        settings.recovery.max_attempts = 0;
+        settings.max_messages = Some(0);
+        let pointers = settings.check().unwrap_err().into_iter().map(|wrong| wrong.pointer);
+        let expected = ["/recovery/max_attempts", "/recovery/backoff/factor", "/max_messages"];
+        assert_eq!(pointers.collect::<Vec<_>>(), expected);
+    }
+
+    #[test]
+    fn what_is_stored_is_read_back() {
+        let settings = QueueSettings::default();
+        let json = serde_json::to_string(&settings).unwrap();
+        assert_eq!(serde_json::from_str::<QueueSettings>(&json).unwrap(), settings);
+    }
+
+    #[test]
+    fn the_etag_follows_the_settings() {
+        let settings = QueueSettings::default();
+        let other = QueueSettings { max_messages: Some(1), ..settings.clone() };
+        assert_eq!(settings.etag(), settings.clone().etag());
+        assert_ne!(settings.etag(), other.etag());
+    }
+}

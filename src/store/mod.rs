@@ -1,0 +1,547 @@
+//! The memory of the house: what it promises, and how to open one.
+//!
+//! A store keeps messages, queues and what happened to them. It knows nothing of HTTP and nothing of
+//! handlers. Every method of [`Store`] is one transaction: when it returns `Ok`, what it says is
+//! committed (and synced, where the store is durable); when it returns `Err`, nothing happened, but for
+//! [`Error::Unavailable`], after which nobody knows: ask again, with a key or a token that makes asking
+//! again harmless. A future that is dropped half-way leaves the store whole, and the write may happen.
+//!
+//! Times are compared with one clock, the store's own: Postgres asks the server, the stores inside this
+//! process ask their [`Clock`](crate::clock::Clock). So delays come in as durations, not as moments.
+//!
+//! ```text
+//!   memory    the promises in their shortest form; the reference; gone with the process
+//!   sqlite    one file, one process, WAL, synced before it answers        (the default)
+//!   postgres  N replicas on one database
+//! ```
+
+mod news;
+mod memory;
+#[cfg(feature = "sqlite")]
+mod sqlite;
+#[cfg(feature = "postgres")]
+mod postgres;
+
+use std::fmt::Debug;
+use std::sync::Arc;
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use jiff::Timestamp;
+
+use crate::clock::Clock;
+use crate::model::{
+    DeliveryRecord, Idempotency, Lease, Leased, MessageId, NewMessage, QueueName, QueueRecord,
+    QueueSettings, Record, ReplicaName, RunState, Settlement, State, When,
+};
+
+pub use memory::Memory;
+pub use news::News;
+#[cfg(feature = "postgres")]
+pub use postgres::Postgres;
+#[cfg(feature = "sqlite")]
+pub use sqlite::Sqlite;
+
+/// What a store promises. See the [module](self) for what holds for every method.
+#[async_trait]
+pub trait Store: Debug + Send + Sync + 'static {
+    // Sending
+
+    /// Takes messages in, in order. See [`EnqueueOutcome`].
+    ///
+    /// **Twice**: a message whose key is known is answered with the first one's receipt, on a full queue
+    /// too. A key counts for its queue's `dedup_window`, and as long as its message can still be
+    /// delivered or is dead.
+    async fn enqueue(&self, enqueue: Enqueue) -> Result<EnqueueOutcome>;
+
+    // Pumping
+
+    /// Claims up to `max` ready messages of a queue for `duration`: by priority, then by how long they are due.
+    ///
+    /// The attempt is counted here, so that a crash counts too. Expired messages are passed over. A row
+    /// that cannot be decoded becomes a dead letter, and the next one is taken.
+    async fn lease(&self, claim: Claim) -> Result<Vec<Leased>>;
+
+    /// Writes what became of a leased message, and the record of its delivery, if there was one.
+    ///
+    /// **Twice**, or with a token that is not the message's current one, or after the lease has run out
+    /// by the database's clock: [`Settled::LeaseLost`], and nothing changes, nothing is sent.
+    async fn settle(&self, settle: Settle) -> Result<Settled>;
+
+    /// Prolongs leases to `duration` from now; in order, `false` for those that are lost.
+    async fn renew(&self, leases: Vec<Lease>, duration: Duration) -> Result<Vec<bool>>;
+
+    /// Makes ready what has come due, at most `max`, and says when to ask again.
+    async fn promote(&self, max: usize) -> Result<Promoted>;
+
+    /// Takes back leases that have run out, at most `max`: a crash is counted, the message is ready
+    /// again, or dead once its crashes have reached its queue's `recovery.max_crashes`.
+    ///
+    /// Each leaves a delivery record with the outcome `lease_lost`.
+    async fn reap(&self, max: usize) -> Result<Vec<Reaped>>;
+
+    /// Forgets what nobody needs: expires what waited too long, deletes what is past its retention and
+    /// keys past their window; at most `max` of each.
+    async fn sweep(&self, max: usize) -> Result<Swept>;
+
+    /// Reports this process alive, takes back at once the leases of processes that are not, and says how
+    /// many deliveries of each queue this process may have open.
+    ///
+    /// Where one process is alone with its store, each share is the limit that was asked for. Over
+    /// replicas the shares of a queue with [`Scope::Cluster`](crate::model::Scope::Cluster) never sum up
+    /// to more than its limit: a replica that must give some up reports `open` until it has.
+    async fn attend(&self, attendance: Attendance) -> Result<Attended>;
+
+    // Looking
+
+    /// A message with its deliveries, the latest first.
+    async fn message(&self, id: MessageId) -> Result<Option<(Record, Vec<DeliveryRecord>)>>;
+
+    /// A message's payload.
+    async fn payload(&self, id: MessageId) -> Result<Option<Bytes>>;
+
+    /// Messages that match, newest first; see [`Page`].
+    async fn messages(&self, filter: Filter, page: Page) -> Result<Listed>;
+
+    /// How many messages of each queue are in each state, without counting them one by one.
+    async fn depths(&self) -> Result<Vec<Depth>>;
+
+    // Repairing
+
+    /// Cancels, hurries or postpones a message that waits.
+    async fn amend(&self, id: MessageId, amendment: Amendment) -> Result<Amended>;
+
+    /// Makes dead letters ready again, oldest first, at most `max`: the same ids, attempt numbers that go
+    /// on, budgets of failures and crashes that start anew.
+    async fn redrive(&self, filter: Filter, max: usize) -> Result<Vec<MessageId>>;
+
+    /// Deletes a dead letter, its payload and its history.
+    async fn delete_dead(&self, id: MessageId) -> Result<Amended>;
+
+    /// Deletes at most `max` of what waits in a queue; what is leased, dead or done stays, and so do the
+    /// keys. Returns how many; fewer than `max` means that nothing more waits.
+    async fn purge(&self, queue: &QueueName, max: usize) -> Result<u64>;
+
+    // Queues and the pump
+
+    /// All queues, by name.
+    async fn queues(&self) -> Result<Vec<QueueRecord>>;
+
+    /// One queue.
+    async fn queue(&self, name: &QueueName) -> Result<Option<QueueRecord>>;
+
+    /// Makes a queue, or replaces its settings, if `precondition` holds.
+    async fn put_queue(
+        &self,
+        name: &QueueName,
+        settings: QueueSettings,
+        precondition: Precondition,
+    ) -> Result<PutQueue>;
+
+    /// Deletes a queue; with `force` also one that has messages, all of them with it.
+    async fn delete_queue(
+        &self,
+        name: &QueueName,
+        force: bool,
+        precondition: Precondition,
+    ) -> Result<DeleteQueue>;
+
+    /// Starts or stops a queue, or with `None` the whole pump. `false` where there is no such queue.
+    async fn set_run_state(&self, queue: Option<&QueueName>, state: RunState) -> Result<bool>;
+
+    /// Whether the whole pump is to run, and its ceiling over all queues.
+    async fn pump(&self) -> Result<PumpRecord>;
+
+    /// Sets the ceiling over all queues.
+    async fn set_ceiling(&self, ceiling: u32) -> Result<()>;
+
+    // The house itself
+
+    /// Whether the database answers, can be written, and has the schema this program knows.
+    async fn check(&self) -> Result<()>;
+
+    /// Who is told when there is something to do. See [`News`].
+    fn news(&self) -> &News;
+
+    /// Ends what the store runs in the background, after what was promised is written. Twice does no harm.
+    async fn close(&self);
+}
+
+/// Messages to take in.
+#[derive(Debug, Clone)]
+pub struct Enqueue {
+    /// In the order in which they are to be delivered.
+    pub messages: Vec<NewMessage>,
+    /// Whether one refusal refuses all.
+    pub atomic: bool,
+    /// A key over the whole batch, besides those of its messages.
+    pub batch: Option<Idempotency>,
+}
+
+/// What became of messages that were to be taken in.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum EnqueueOutcome {
+    /// One answer for each message, in order. With `atomic`: none of them is [`Enqueued::Refused`].
+    Done(Vec<Enqueued>),
+    /// `atomic` was asked for, and these (position, reason) could not be taken: nothing was.
+    Refused(Vec<(usize, Refusal)>),
+    /// The key over the whole batch belongs to another request: nothing was taken.
+    BatchKeyReused,
+}
+
+/// What became of one message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Enqueued {
+    /// It is committed.
+    New(Receipt),
+    /// The same request came before, and this was its answer.
+    Duplicate(Receipt),
+    /// It was not taken.
+    Refused(Refusal),
+}
+
+/// What the sender of a message is told.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Receipt {
+    /// The message's name.
+    pub id: MessageId,
+    /// Where it waits.
+    pub queue: QueueName,
+    /// [`State::Ready`] or [`State::Scheduled`].
+    pub state: State,
+    /// When it was taken in.
+    pub enqueued_at: Timestamp,
+    /// When it is due.
+    pub deliver_at: Timestamp,
+}
+
+/// Why a message was not taken.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Refusal {
+    /// There is no such queue.
+    NoSuchQueue(QueueName),
+    /// The queue has as many unsettled messages as its `max_messages` allows.
+    QueueFull(QueueName),
+    /// Its idempotency key belongs to another request.
+    KeyReused,
+}
+
+/// A wish for messages.
+#[derive(Debug, Clone)]
+pub struct Claim {
+    /// Of which queue.
+    pub queue: QueueName,
+    /// At most how many.
+    pub max: usize,
+    /// For how long.
+    pub duration: Duration,
+    /// For which process.
+    pub replica: ReplicaName,
+    /// Only those that an operator wants run now, although the queue is stopped.
+    pub urgent_only: bool,
+}
+
+/// What became of a leased message.
+#[derive(Debug, Clone)]
+pub struct Settle {
+    /// The right to say so.
+    pub lease: Lease,
+    /// What to write.
+    pub settlement: Settlement,
+    /// The record of the delivery; `None` for one that never started.
+    pub delivery: Option<DeliveryRecord>,
+    /// Messages that the handler sent: taken in with an ack, in the same transaction, and only with one.
+    pub sent: Vec<NewMessage>,
+}
+
+/// Whether a settlement was written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Settled {
+    /// It was.
+    Done {
+        /// From enqueue to now, by the database's clock.
+        age: Duration,
+    },
+    /// The lease was somebody else's by then: nothing was written.
+    LeaseLost,
+}
+
+/// What came due.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Promoted {
+    /// How many.
+    pub count: usize,
+    /// How long until the next one is due; `None` where nothing is scheduled.
+    pub next: Option<Duration>,
+}
+
+/// A lease that was taken back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reaped {
+    /// Of which message.
+    pub id: MessageId,
+    /// Of which queue.
+    pub queue: QueueName,
+    /// [`State::Ready`] or [`State::Dead`].
+    pub state: State,
+}
+
+/// What was forgotten.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Swept {
+    /// Messages that expired, by queue.
+    pub expired: Vec<(QueueName, u64)>,
+    /// Messages past their retention.
+    pub deleted: u64,
+    /// Idempotency keys past their window.
+    pub keys: u64,
+    /// Whether some limit was reached, so that it is worth asking again at once.
+    pub more: bool,
+}
+
+/// A process reporting itself.
+#[derive(Debug, Clone)]
+pub struct Attendance {
+    /// Its name.
+    pub replica: ReplicaName,
+    /// A random number that changes with every start of the process.
+    pub incarnation: i64,
+    /// How long it counts as alive without another report.
+    pub good_for: Duration,
+    /// For each queue that it pumps: limit, whether it is shared, and how many deliveries it has open.
+    pub wants: Vec<Want>,
+    /// Whether it is leaving: gives up its shares and is forgotten.
+    pub leaving: bool,
+}
+
+/// What a process would like to have open of one queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Want {
+    /// Which queue.
+    pub queue: QueueName,
+    /// The queue's limit.
+    pub limit: u32,
+    /// Whether the limit is over all replicas.
+    pub shared: bool,
+    /// How many this process has open now.
+    pub open: u32,
+}
+
+/// What a process may do until it reports again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attended {
+    /// For each want, in order: how many deliveries may be open here.
+    pub shares: Vec<u32>,
+    /// Leases of dead processes that were taken back, as by [`Store::reap`].
+    pub reaped: Vec<Reaped>,
+    /// The names of the processes that are alive, this one too.
+    pub replicas: Vec<ReplicaName>,
+    /// A number that changes whenever a queue or the pump is changed.
+    pub revision: i64,
+}
+
+/// Which messages. What is `None` does not restrict.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Filter {
+    /// Of this queue.
+    pub queue: Option<QueueName>,
+    /// In this state.
+    pub state: Option<State>,
+    /// Of this type.
+    pub kind: Option<String>,
+    /// Of this conversation.
+    pub correlation_id: Option<String>,
+    /// Enqueued at or after.
+    pub since: Option<Timestamp>,
+    /// Enqueued before.
+    pub until: Option<Timestamp>,
+    /// With one of these names; empty for all.
+    pub ids: Vec<MessageId>,
+}
+
+/// Which part of a list.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Page {
+    /// At most how many.
+    pub limit: usize,
+    /// Only what comes after this position; from [`Listed::next`].
+    pub after: Option<i64>,
+}
+
+/// A part of a list, newest first. Stable while messages are added.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Listed {
+    /// The messages. May be fewer than asked for although more follow: a page looks at a bounded number
+    /// of rows, so that a rare match does not become a scan.
+    pub items: Vec<Record>,
+    /// Where the next part begins; `None` at the end.
+    pub next: Option<i64>,
+}
+
+/// How many rows one page of a list looks at, at most.
+pub const ROWS_LOOKED_AT_MAX: i64 = 10_000;
+
+/// How many messages a queue has.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Depth {
+    /// Which queue.
+    pub queue: QueueName,
+    /// Can be leased now.
+    pub ready: u64,
+    /// Due later.
+    pub scheduled: u64,
+    /// Held by somebody.
+    pub leased: u64,
+    /// Dead letters.
+    pub dead: u64,
+    /// How long the oldest ready message has been due.
+    pub oldest_ready: Option<Duration>,
+}
+
+/// A change to a message that waits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Amendment {
+    /// Never deliver it.
+    Cancel,
+    /// Due now, even if its queue is stopped.
+    RunNow,
+    /// Due then.
+    Reschedule(When),
+}
+
+/// What became of a change to a message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Amended {
+    /// It was made; this is the message now (or was, where it is deleted).
+    Done(Record),
+    /// The message is in a state that does not allow it.
+    Not(State),
+    /// There is no such message.
+    NoSuchMessage,
+}
+
+/// What must hold for a queue to be changed.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum Precondition {
+    /// Nothing.
+    #[default]
+    None,
+    /// It exists, and this is its ETag.
+    Matches(String),
+    /// It exists.
+    Exists,
+    /// It does not exist.
+    Absent,
+}
+
+impl Precondition {
+    /// Whether it holds for a queue with this ETag, or for none.
+    pub fn holds(&self, etag: Option<&str>) -> bool {
+        match self {
+            Self::None => true,
+            Self::Matches(wanted) => etag == Some(wanted),
+            Self::Exists => etag.is_some(),
+            Self::Absent => etag.is_none(),
+        }
+    }
+}
+
+/// What became of a queue that was to be put.
+#[derive(Debug, Clone, PartialEq)]
+pub enum PutQueue {
+    /// It is new.
+    Created(QueueRecord),
+    /// It has other settings now.
+    Replaced(QueueRecord),
+    /// The precondition did not hold.
+    PreconditionFailed,
+}
+
+/// What became of a queue that was to be deleted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeleteQueue {
+    /// It is gone.
+    Deleted,
+    /// It has messages.
+    NotEmpty,
+    /// There is none.
+    NoSuchQueue,
+    /// The precondition did not hold.
+    PreconditionFailed,
+}
+
+/// The whole pump as the store knows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct PumpRecord {
+    /// Whether it is to run.
+    pub state: RunState,
+    /// How many deliveries of all queues may be open at once, in each process.
+    pub ceiling: u32,
+}
+
+/// The ceiling over all queues of a new store.
+pub const CEILING_DEFAULT: u32 = 1024;
+
+/// What a caller cannot plan for. The database's own error is the source, never the text.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The database does not answer; whether the write happened is not known.
+    #[error("the database does not answer")]
+    Unavailable(#[source] Cause),
+    /// The database answers, but was too busy; nothing was written.
+    #[error("the database is busy")]
+    Busy(#[source] Cause),
+    /// There is no room left; nothing was written.
+    #[error("the database has no room left")]
+    Full(#[source] Cause),
+    /// The database cannot be used as it is, and waiting does not help: a wrong URL, a newer schema, a
+    /// file that another process holds, settings that would lose what was acknowledged.
+    #[error("the database cannot be used: {what}")]
+    Refused {
+        /// What is wrong, and what to do.
+        what: String,
+    },
+    /// What is stored is not what this program writes, or it did not do what it was told.
+    #[error("the database holds something that cannot be read: {what}")]
+    Corrupt {
+        /// What, in a few words.
+        what: String,
+        /// Why.
+        #[source]
+        source: Option<Cause>,
+    },
+}
+
+/// Why a store failed.
+pub type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// What a store's methods return.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// Whether the same call may succeed a little later.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Self::Unavailable(_) | Self::Busy(_) | Self::Full(_) => true,
+            Self::Refused { .. } | Self::Corrupt { .. } => false,
+        }
+    }
+}
+
+/// Opens the store that a URL names: `sqlite://pumphouse.db`, `postgres://…`, or `memory:`.
+///
+/// Migrates the schema first, behind a lock. Fails where the database cannot be reached or used.
+pub async fn open(url: &str, clock: Arc<dyn Clock>) -> Result<Arc<dyn Store>> {
+    match url.split(':').next() {
+        Some("memory") => Ok(Arc::new(Memory::new(clock))),
+        #[cfg(feature = "sqlite")]
+        Some("sqlite") => Ok(Arc::new(Sqlite::open(url, clock).await?)),
+        #[cfg(feature = "postgres")]
+        Some("postgres" | "postgresql") => Ok(Arc::new(Postgres::open(url).await?)),
+        _ => {
+            let what = "the database URL starts with none of sqlite://, postgres://, memory:";
+            Err(Error::Refused { what: what.to_owned() })
+        }
+    }
+}
