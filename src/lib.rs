@@ -5,4 +5,5 @@ pub mod clock;
 pub mod policy;
 pub mod telemetry;
 pub mod store;
+pub mod deliver;
 pub mod pump;
