@@ -7,3 +7,5 @@ pub mod telemetry;
 pub mod store;
 pub mod deliver;
 pub mod pump;
+#[cfg(feature = "server")]
+pub mod api;
