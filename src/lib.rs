@@ -6,3 +6,7 @@ pub mod policy;
 pub mod telemetry;
 pub mod store;
 pub mod pump;
+#[cfg(feature = "server")]
+pub mod api;
+#[cfg(feature = "server")]
+pub mod cli;
