@@ -5,6 +5,7 @@ pub mod clock;
 pub mod policy;
 pub mod telemetry;
 pub mod store;
+pub mod deliver;
 pub mod pump;
 #[cfg(feature = "server")]
 pub mod api;
