@@ -57,8 +57,8 @@ Examples:
   pumphouse queues list                       see what became of it
   pumphouse help serve                        every setting, and what it is without being set
 
-Settings come from defaults, then ./pumphouse.toml (or --config FILE), then PUMPHOUSE_* variables, then
-flags; `pumphouse config` shows the result. Exit codes: 0 done, 1 failed, 2 wrong usage.";
+Settings come from defaults, then ./pumphouse.toml (or --config FILE), then PUMPHOUSE_* variables,
+then flags; `pumphouse config` shows the result. Exit codes: 0 done, 1 failed, 2 wrong usage.";
 
 #[derive(Debug, Subcommand)]
 enum Command {
@@ -136,6 +136,9 @@ pub fn run() -> ExitCode {
     match begin(Cli::parse().command) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
+            if let Some(usage) = error.downcast_ref::<clap::Error>() {
+                usage.exit();
+            }
             let mut text = format!("pumphouse: {error}\n");
             for cause in error.chain().skip(1) {
                 text.push_str(&format!("  because: {cause}\n"));

@@ -4,9 +4,10 @@ use std::io::Read;
 use std::time::Duration;
 use std::{fs, io};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use bytes::Bytes;
 use clap::Subcommand;
+use clap::error::ErrorKind;
 use http::Method;
 use serde_json::{Value, json};
 
@@ -153,16 +154,25 @@ fn put(queue: &str, settings: Option<&str>) -> Result<(QueueName, Value)> {
         Some((name, url)) => (name, Some(url)),
         None => (queue, None),
     };
-    let name = QueueName::parse(name)?;
+    let name = QueueName::parse(name).map_err(|invalid| usage(invalid.detail))?;
     match (url, settings) {
         (Some(url), None) => {
-            let handler = parse_handler(url).map_err(anyhow::Error::msg)?;
+            let handler = parse_handler(url).map_err(usage)?;
             Ok((name, json!({ "handler": handler_json(&handler, url) })))
         }
         (None, Some(settings)) => Ok((name, read_settings(settings)?)),
-        (None, None) => bail!("say where its messages go: {name}=URL, or {name} --settings FILE"),
-        (Some(_), Some(_)) => bail!("say either {name}=URL or {name} --settings FILE, not both"),
+        (None, None) => {
+            Err(usage(format!("say where its messages go: {name}=URL, or {name} --settings FILE")))
+        }
+        (Some(_), Some(_)) => {
+            Err(usage(format!("say either {name}=URL or {name} --settings FILE, not both")))
+        }
     }
+}
+
+/// A mistake in the arguments that only shows when they are seen together.
+fn usage(text: String) -> anyhow::Error {
+    clap::Error::raw(ErrorKind::ValueValidation, format!("{text}\n")).into()
 }
 
 fn handler_json(handler: &Handler, url: &str) -> Value {

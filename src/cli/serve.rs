@@ -35,6 +35,7 @@ const RETRY_MAX: Duration = Duration::from_secs(10);
 /// Runs until a signal ends it. Fails where it cannot begin; a database that does not answer yet is waited for.
 pub(super) async fn run(config: Config) -> Result<()> {
     log::begin(&config.log)?;
+    // On a tracker of its own: it listens until the very end, so nobody waits for it.
     let stop = signals::listen(&TaskTracker::new())?;
     let tasks = TaskTracker::new();
     let closing = CancellationToken::new();
