@@ -49,7 +49,7 @@ pub(super) async fn call(call: Call<'_>) -> Result<Bytes> {
         .map_err(|_| anyhow!("no answer within {:?} to {what}", call.patience))?;
     let (status, body) = answer.with_context(|| format!("no answer to {what}"))?;
     if !status.is_success() {
-        bail!("{what} was answered with {status}\n{}", pretty(&body));
+        bail!("{}", format!("{what} was answered with {status}\n{}", pretty(&body)).trim_end());
     }
     Ok(body)
 }

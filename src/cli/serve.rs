@@ -18,7 +18,7 @@ use tokio_util::task::TaskTracker;
 use crate::api;
 use crate::clock::SystemClock;
 use crate::model::{Handler, QueueName, QueueSettings};
-use crate::pump::Pumphouse;
+use crate::pump::{Pumphouse, StopReport};
 use crate::store::{self, Precondition, PutQueue, Store};
 use crate::telemetry;
 
@@ -74,8 +74,8 @@ async fn serve(
     stop.cancelled().await;
 
     // From here on nothing is taken in, and whoever asks is told that this process is not ready.
-    let report = pump.shut_down(config.drain_deadline).await;
-    tracing::info!(report.drained, report.aborted, report.released, "drained");
+    let StopReport { drained, aborted, released } = pump.shut_down(config.drain_deadline).await;
+    tracing::info!(drained, aborted, released, "drained");
     Ok(())
 }
 
