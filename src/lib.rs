@@ -9,3 +9,5 @@ pub mod deliver;
 pub mod pump;
 #[cfg(feature = "server")]
 pub mod api;
+#[cfg(feature = "server")]
+pub mod cli;
