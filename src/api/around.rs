@@ -101,7 +101,6 @@ fn count(route: Option<&str>, method: &Method, status: StatusCode) {
     metrics::http_requests(route.unwrap_or("none"), method, status.as_u16()).increment(1);
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "the layer's signature")]
 fn panicked(_: Box<dyn Any + Send + 'static>) -> Response {
     let detail = "something went wrong inside; the log has the details";
     Problem::new(problem::INTERNAL, detail).into_response()
