@@ -130,8 +130,7 @@ async fn a_stuck_queue_does_not_slow_another() {
     scene.receiver.wait_for_open("/stuck", 50).await;
     for number in 0..50 {
         let id = scene.client.send("well", number.to_string()).await;
-        eventually("it is delivered", async || !scene.receiver.deliveries_of(&id).is_empty()).await;
-        let delivered = &scene.receiver.deliveries_of(&id)[0];
+        let delivered = &scene.receiver.wait_for_message(&id).await[0];
         let enqueued = text(&scene.client.message(&id).await, "/enqueued_at");
         let wait = delivered.at.duration_since(enqueued.parse().expect("RFC 3339"));
         assert!(wait.as_millis() < 500, "number {number} waited for {wait}");

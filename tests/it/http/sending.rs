@@ -54,8 +54,7 @@ async fn any_bytes_arrive_as_they_were_sent() {
         let id = scene.client.send("bytes", body.to_vec()).await;
         let kept = scene.client.get(&format!("/v1/messages/{id}/payload")).await.expect(200);
         assert_eq!(kept.body, *body, "body {number} as it is kept");
-        eventually("it is delivered", async || !scene.receiver.deliveries_of(&id).is_empty()).await;
-        let delivered = &scene.receiver.deliveries_of(&id)[0];
+        let delivered = &scene.receiver.wait_for_message(&id).await[0];
         assert_eq!(delivered.body, *body, "body {number} as it is delivered");
         assert_eq!(delivered.header("content-length"), body.len().to_string());
     }
@@ -251,8 +250,7 @@ async fn the_message_waits_until_it_is_due(scene: &Scene, receipt: &Value) {
     assert_eq!(receipt["state"], "scheduled", "{receipt}");
     let id = text(receipt, "/id");
     let due = text(receipt, "/deliver_at").parse::<Timestamp>().expect("RFC 3339");
-    eventually("it is delivered", async || !scene.receiver.deliveries_of(&id).is_empty()).await;
-    let delivered = scene.receiver.deliveries_of(&id)[0].at;
+    let delivered = scene.receiver.wait_for_message(&id).await[0].at;
     assert!(delivered >= due, "due at {due}, delivered at {delivered}");
 }
 

@@ -151,6 +151,13 @@ impl Receiver {
         self.deliveries(path)
     }
 
+    /// Waits until this message has come at least once; gives its deliveries.
+    pub(crate) async fn wait_for_message(&self, id: &str) -> Vec<Delivery> {
+        let what = format!("a delivery of {id}");
+        eventually(&what, async || !self.deliveries_of(id).is_empty()).await;
+        self.deliveries_of(id)
+    }
+
     /// Waits until exactly `count` deliveries to this path are open.
     pub(crate) async fn wait_for_open(&self, path: &str, count: usize) {
         let what = format!("{count} open deliveries to {path}");
