@@ -14,6 +14,7 @@ use crate::support::{eventually, on_both};
 on_both! {
     a_drain_lets_open_deliveries_finish
     a_drain_cuts_at_its_deadline_and_counts_no_failure
+    a_drain_tells_what_finished_from_what_was_cut
     an_abort_cuts_at_once
     two_callers_wait_for_the_same_end
     a_shorter_deadline_shortens_it_for_all
@@ -50,6 +51,22 @@ async fn a_drain_cuts_at_its_deadline_and_counts_no_failure(database: Database) 
     gate.open();
     scene.client.start_queue("q").await;
     eventually("all are completed", async || states(&scene, "completed").await == 10).await;
+}
+
+async fn a_drain_tells_what_finished_from_what_was_cut(database: Database) {
+    let (scene, gate) = three_open_of_ten(database).await;
+    let stop = json!({"deadline": "1500ms"});
+    let release = async {
+        eventually("the queue is stopping", async || {
+            scene.client.queue("q").await["state"] == "stopped"
+        })
+        .await;
+        gate.let_through(1);
+    };
+    let (report, ()) = join(scene.client.stop_queue("q", &stop), release).await;
+    assert_eq!((number(&report, "/drained"), number(&report, "/aborted")), (1, 2), "{report}");
+    assert_eq!(states(&scene, "completed").await, 1);
+    assert_eq!(states(&scene, "ready").await, 9);
 }
 
 async fn an_abort_cuts_at_once(database: Database) {

@@ -157,7 +157,7 @@ async fn a_frozen_process_changes_nothing_when_it_thaws() {
 
 async fn two_processes() -> (Scene, Process) {
     let scene = Scene::with_flags(Database::postgres().await, &["--replica", "one"]).await;
-    let other = Process::start_with(&scene.database, &["--replica", "two"]).await;
+    let other = Process::start(&scene.database, &["--replica", "two"]).await;
     let client = scene.client.clone();
     eventually("both know each other", async || {
         let pump = client.get("/admin/v1/pump").await.expect(200).json();

@@ -4,6 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use futures::stream::{self, StreamExt};
 use serde_json::Value;
 
 use super::client::{Client, number, text};
@@ -53,9 +54,11 @@ impl Ledger {
         for delivery in receiver.deliveries(path) {
             ledger.handled.entry(delivery.id.clone()).or_default().push(Handled::from(&delivery));
         }
-        for item in client.all(&format!("/v1/messages?queue={queue}")).await {
-            let id = text(&item, "/id");
-            let kept = Kept::from(&client.message(&id).await);
+        let listed = client.all(&format!("/v1/messages?queue={queue}")).await;
+        let ids = listed.iter().map(|item| text(item, "/id"));
+        let whole = ids.map(async |id| (Kept::from(&client.message(&id).await), id));
+        let mut whole = stream::iter(whole).buffer_unordered(16);
+        while let Some((kept, id)) = whole.next().await {
             ledger.kept.insert(id, kept);
         }
         ledger

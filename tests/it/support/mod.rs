@@ -7,6 +7,7 @@ pub(crate) mod process;
 pub(crate) mod client;
 pub(crate) mod receiver;
 pub(crate) mod wire;
+pub(crate) mod senders;
 pub(crate) mod ledger;
 pub(crate) mod text;
 pub(crate) mod scene;
@@ -52,6 +53,11 @@ where
         assert!(!probe(), "this must not happen: {what}");
         tokio::time::sleep(POLL).await;
     }
+}
+
+/// Lets a span pass, for what happens at a moment that nobody can wait for: a kill, a second try.
+pub(crate) async fn pass(span: Duration) {
+    tokio::time::sleep(span).await;
 }
 
 /// Makes two tests of one `async fn(Database)`: one on SQLite, one on Postgres.

@@ -55,31 +55,20 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Starts one on a free port, and returns once it listens.
-    pub(crate) async fn start(database: &Database) -> Self {
-        Self::start_with(database, &[]).await
-    }
-
-    /// The same with more flags; `--listen` may be among them.
-    pub(crate) async fn start_with(database: &Database, flags: &[&str]) -> Self {
-        let home = tempfile::tempdir().expect("a temporary directory can be made");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_pumphouse"));
-        command.args(["serve", "--database", &database.url()]).args(flags);
-        if !flags.contains(&"--listen") {
-            command.args(["--listen", "127.0.0.1:0"]);
-        }
-        for (name, _) in std::env::vars_os() {
-            if name.to_string_lossy().starts_with("PUMPHOUSE_") {
-                command.env_remove(name);
-            }
-        }
-        command.current_dir(home.path()).kill_on_drop(true);
-        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
-        let mut child = command.spawn().expect("the program can be started");
+    /// Starts one, and returns once it listens: on a free port, if no flag says where.
+    pub(crate) async fn start(database: &Database, flags: &[&str]) -> Self {
+        let (mut child, home) = spawn(database, flags);
         let stderr = child.stderr.take().expect("its standard error is a pipe");
         let log = read_log(stderr);
         let address = address_in(log.clone()).await;
         Self { child, address, log, _home: home }
+    }
+
+    /// Starts one that is killed after so long, whether it listens by then or not.
+    pub(crate) async fn start_and_kill(database: &Database, flags: &[&str], after: Duration) {
+        let (mut child, _home) = spawn(database, flags);
+        tokio::time::sleep(after).await;
+        child.kill().await.expect("a child can be killed");
     }
 
     /// Where it listens.
@@ -131,6 +120,24 @@ impl Process {
             Err(_) => panic!("the process did not end within {limit:?}; its log:\n{}", self.log()),
         }
     }
+}
+
+fn spawn(database: &Database, flags: &[&str]) -> (Child, TempDir) {
+    // A directory of its own, so that it finds nobody else's configuration file.
+    let home = tempfile::tempdir().expect("a temporary directory can be made");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_pumphouse"));
+    command.args(["serve", "--database", &database.url()]).args(flags);
+    if !flags.contains(&"--listen") {
+        command.args(["--listen", "127.0.0.1:0"]);
+    }
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("PUMPHOUSE_") {
+            command.env_remove(name);
+        }
+    }
+    command.current_dir(home.path()).kill_on_drop(true);
+    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    (command.spawn().expect("the program can be started"), home)
 }
 
 /// Reads what the process says until it closes its standard error.

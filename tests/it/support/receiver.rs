@@ -44,8 +44,6 @@ pub(crate) struct Delivery {
     pub(crate) headers: Vec<(String, String)>,
     /// The payload.
     pub(crate) body: Bytes,
-    /// Which of the connections to this handler it came on.
-    pub(crate) connection: usize,
     /// When it came, by the clock of this machine.
     pub(crate) at: Timestamp,
     /// When it came.
@@ -178,7 +176,7 @@ impl Desk {
     }
 
     /// Writes down that a delivery came.
-    fn begin(self: &Arc<Self>, request: Parsed, connection: usize) -> (Delivery, Open) {
+    fn begin(self: &Arc<Self>, request: Parsed) -> (Delivery, Open) {
         let path = request.first_line.split(' ').nth(1).unwrap_or_default().to_owned();
         let delivery = Delivery {
             path: path.clone(),
@@ -186,7 +184,6 @@ impl Desk {
             attempt: request.header("pumphouse-attempt").parse().unwrap_or(0),
             headers: request.headers,
             body: request.body.into(),
-            connection,
             at: SystemClock.now(),
             started: Instant::now(),
             ended: None,
@@ -250,21 +247,17 @@ async fn accept(
     closed: CancellationToken,
 ) {
     while let Ok((stream, _)) = listener.accept().await {
-        let connection = {
-            let mut book = desk.book();
-            book.connections += 1;
-            book.connections
-        };
-        let serve = serve(stream, desk.clone(), connection);
+        desk.book().connections += 1;
+        let serve = serve(stream, desk.clone());
         tasks.spawn(closed.clone().run_until_cancelled_owned(serve));
     }
 }
 
 /// One connection. Its errors are the other side's leaving, which the tests look at from that side.
-async fn serve(mut stream: TcpStream, desk: Arc<Desk>, connection: usize) {
+async fn serve(mut stream: TcpStream, desk: Arc<Desk>) {
     let mut buffer = BytesMut::new();
     while let Ok(Some(request)) = read_message(&mut stream, &mut buffer).await {
-        let (delivery, mut open) = desk.begin(request, connection);
+        let (delivery, mut open) = desk.begin(request);
         let mood = desk.mood(&delivery);
         if !matches!(answer(&mut stream, mood, &mut open).await, Ok(true)) {
             return;

@@ -28,7 +28,7 @@ impl Scene {
 
     /// On this database, the process with more flags.
     pub(crate) async fn with_flags(database: Database, flags: &[&str]) -> Self {
-        let process = Process::start_with(&database, flags).await;
+        let process = Process::start(&database, flags).await;
         let (client, receiver) = (process.client(), Receiver::start().await);
         let flags = flags.iter().map(|flag| (*flag).to_owned()).collect();
         Self { database, process, client, receiver, flags }
@@ -48,7 +48,7 @@ impl Scene {
     /// Starts another process, with the same flags, in place of one that has ended.
     pub(crate) async fn restart(&mut self) {
         let flags = self.flags.iter().map(String::as_str).collect::<Vec<_>>();
-        self.process = Process::start_with(&self.database, &flags).await;
+        self.process = Process::start(&self.database, &flags).await;
         self.client = self.process.client();
     }
 }

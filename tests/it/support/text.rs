@@ -40,7 +40,7 @@ fn sample(index: usize, line: &Line) -> Sample {
         "priority": (index % 7) as i64 - 3,
         "correlation_id": line.file,
     });
-    let payload = if index % 4 == 0 {
+    let payload = if index.is_multiple_of(4) {
         let bytes = payload.to_string().into_bytes();
         envelope["payload_base64"] = Value::String(STANDARD.encode(&bytes));
         envelope["content_type"] = json!("text/plain; charset=utf-8");
