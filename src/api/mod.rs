@@ -47,7 +47,7 @@ use axum::routing::get;
 use http::header;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio_util::task::TaskTracker;
-use utoipa::openapi::OpenApi;
+use utoipa::openapi::{InfoBuilder, LicenseBuilder, OpenApi};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_swagger_ui::SwaggerUi;
 
@@ -151,10 +151,15 @@ pub fn admin_router(doors: Doors) -> Router {
 /// The description of everything, as OpenAPI.
 pub fn openapi() -> OpenApi {
     let mut document = data_routes().merge(admin_routes()).merge(health::routes()).into_openapi();
-    document.info.title = "Pumphouse".to_owned();
-    document.info.description =
-        Some("A durable message pump: POST a message and go on.".to_owned());
-    document.info.version = env!("CARGO_PKG_VERSION").to_owned();
+    // Made anew: what comes by default describes the library that makes the document.
+    let license =
+        LicenseBuilder::new().name("MIT OR Apache-2.0").identifier(Some("MIT OR Apache-2.0"));
+    document.info = InfoBuilder::new()
+        .title("Pumphouse")
+        .description(Some("A durable message pump: POST a message and go on."))
+        .version(env!("CARGO_PKG_VERSION"))
+        .license(Some(license.build()))
+        .build();
     document
 }
 
