@@ -256,14 +256,18 @@ impl Pumphouse {
     pub async fn shut_down(&self, deadline: Duration) -> StopReport {
         let deadline = tokio::time::Instant::now() + deadline;
         self.0.leaving.cancel();
-        // Whoever is bringing pumps in line may be about to start one: let it, and close that one too.
-        let _lining_up = self.0.lining_up.lock().await;
+        // Whoever is bringing pumps in line may be about to start one: let it end first, but not for long,
+        // because it may be waiting for a database that is away.
+        let lining_up = tokio::time::timeout(GOODBYE_MAX, self.0.lining_up.lock()).await;
         for pump in self.0.pumps() {
             pump.set_mode(None);
         }
+        drop(lining_up);
         let report = self.0.end_closed(deadline).await;
         self.0.tasks.close();
-        self.0.tasks.wait().await;
+        if tokio::time::timeout(GOODBYE_MAX, self.0.tasks.wait()).await.is_err() {
+            tracing::warn!("left while the database did not answer");
+        }
         // Without it the others wait for `good_for` to run out before they take over the shares.
         match tokio::time::timeout(GOODBYE_MAX, self.0.attend(true)).await {
             Ok(Ok(_)) => (),
@@ -448,7 +452,9 @@ impl House {
         // Gates are moved before anything new is started behind them.
         let attended = self.attend(false).await?;
         for queue in &queues {
-            if let Some(pump) = self.lock_pumps().get(&queue.name) {
+            if let Some(pump) = self.lock_pumps().get(&queue.name)
+                && !self.leaving.is_cancelled()
+            {
                 pump.set_mode(mode(&state, queue, pump));
             }
         }
