@@ -5,6 +5,7 @@
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound::{Excluded, Unbounded};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -265,6 +266,20 @@ impl Queue {
     /// How many of its messages are in this state.
     pub(super) fn count(&self, state: State) -> u64 {
         self.counts[state as usize]
+    }
+
+    /// Since when the ready message that waits longest has been due.
+    ///
+    /// Of each priority the first in the order of lease is the oldest, so only those are looked at.
+    pub(super) fn oldest_due(&self) -> Option<Timestamp> {
+        let mut oldest = None;
+        let mut first = self.ready.first();
+        while let Some((priority, due, _)) = first {
+            oldest = Some(oldest.map_or(*due, |oldest: Timestamp| oldest.min(*due)));
+            let last_of_its_priority = (*priority, Timestamp::MAX, i64::MAX);
+            first = self.ready.range((Excluded(last_of_its_priority), Unbounded)).next();
+        }
+        oldest
     }
 
     /// How many of its messages can still be delivered.

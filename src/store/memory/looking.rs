@@ -20,20 +20,18 @@ impl Books {
 
     pub(super) fn messages(&self, filter: &Filter, page: Page) -> Listed {
         let mut items = Vec::new();
+        let mut last = None;
         let mut rows = self.rows_before(page.after.unwrap_or(i64::MAX)).rev().peekable();
-        for _ in 0..ROWS_LOOKED_AT_MAX {
-            let Some((seq, row)) = rows.next() else { break };
+        for (seq, row) in rows.by_ref().take(ROWS_LOOKED_AT_MAX as usize) {
+            last = Some(seq);
             if filter.matches(&row.record) {
                 items.push(row.record.clone());
             }
             if items.len() >= page.limit {
-                let next = rows.peek().map(|_| seq);
-                return Listed { items, next };
+                break;
             }
         }
-        // The position of the last row that was looked at, which is the one before the next.
-        let next = rows.next().map(|(seq, _)| seq + 1);
-        Listed { items, next }
+        Listed { items, next: last.filter(|_| rows.peek().is_some()) }
     }
 
     pub(super) fn depths(&self, now: Timestamp) -> Vec<Depth> {
@@ -41,15 +39,13 @@ impl Books {
     }
 
     fn depth(&self, name: &QueueName, queue: &Queue, now: Timestamp) -> Depth {
-        // The order of lease goes by priority first, so the oldest is among the first of each.
-        let oldest = queue.ready.iter().map(|(_, due, _)| *due).min();
         Depth {
             queue: name.clone(),
             ready: queue.count(State::Ready),
             scheduled: queue.count(State::Scheduled),
             leased: queue.count(State::Leased),
             dead: queue.count(State::Dead),
-            oldest_ready: oldest.map(|due| since(due, now)),
+            oldest_ready: queue.oldest_due().map(|due| since(due, now)),
         }
     }
 }

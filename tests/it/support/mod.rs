@@ -12,9 +12,12 @@ pub(crate) mod ledger;
 pub(crate) mod text;
 pub(crate) mod scene;
 pub(crate) mod chance;
+pub(crate) mod stage;
+pub(crate) mod stores;
 
-use std::future::Future;
 use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
 
 /// How long a test waits for what must come in the end.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
@@ -22,25 +25,27 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 const POLL: Duration = Duration::from_millis(10);
 
 /// Waits until `probe` says yes; says what it waited for if that does not come within [`PATIENCE`].
-pub(crate) async fn eventually<F, Fut>(what: &str, probe: F)
-where
-    F: FnMut() -> Fut,
-    Fut: Future<Output = bool>,
-{
+pub(crate) async fn eventually(what: &str, probe: impl AsyncFnMut() -> bool) {
     eventually_within(what, PATIENCE, probe).await;
 }
 
 /// The same with a limit of its own, for promises that name one.
-pub(crate) async fn eventually_within<F, Fut>(what: &str, limit: Duration, mut probe: F)
-where
-    F: FnMut() -> Fut,
-    Fut: Future<Output = bool>,
-{
+pub(crate) async fn eventually_within(
+    what: &str,
+    limit: Duration,
+    mut probe: impl AsyncFnMut() -> bool,
+) {
     let start = Instant::now();
     while !probe().await {
         assert!(start.elapsed() < limit, "waited {limit:?} in vain for this: {what}");
         tokio::time::sleep(POLL).await;
     }
+}
+
+/// Waits until a listener was told something, and marks it as seen.
+pub(crate) async fn heard(news: &mut watch::Receiver<()>) {
+    eventually("the news has come", async || news.has_changed().expect("the board is there")).await;
+    news.mark_unchanged();
 }
 
 /// Looks for a while whether something that must not happen does.
