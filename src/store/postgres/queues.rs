@@ -60,12 +60,14 @@ where name = $1";
 const LOCK_NAME: &str = "\
 select pg_advisory_xact_lock($1, hashtext($2))";
 
-// Lives on: the primary keys of ready, scheduled_queue, dead_listed; and tally, read whole, for leases.
+// Lives on: the primary key of ready, scheduled_queue, dead_listed; and tally, read whole, for leases.
 const HAS_MESSAGES: &str = "\
-select exists (select 1 from ready where queue_id = $1)
-    or exists (select 1 from scheduled where queue_id = $1)
-    or exists (select 1 from dead where queue_id = $1)
-    or coalesce((select sum(n) from tally where queue_id = $1 and state = 2), 0) > 0";
+select coalesce(
+    (select seq from ready where queue_id = $1 order by queue_id, rank, due_at, seq limit 1),
+    (select seq from scheduled where queue_id = $1 order by queue_id, due_at, seq limit 1),
+    (select seq from dead where queue_id = $1 order by queue_id, seq limit 1),
+    (select 1 from tally where queue_id = $1 and state = 2 having sum(n) > 0)
+) is not null";
 
 // Lives on: the primary key of queue. Whatever is left of it finds its end in a sweep.
 const DELETE_QUEUE: &str = "\

@@ -215,42 +215,44 @@ from gone"
 const FORGET_ENDED: &str = forget!("ended", "retention_completed");
 const FORGET_DEAD: &str = forget!("dead", "retention_dead");
 
-// Lives on: idempotency_sweep, then the primary key of message. A key that its message still needs is
-// looked at again later, so that it does not stand in the way of the others.
-const FORGET_KEYS: &str = "\
-with clock as (
-    select now_micros() as now
-),
-past as (
-    select idempotency.queue_id, idempotency.key, exists (
-        select 1
-        from message
-        where message.seq = idempotency.seq
-            and message.state in (0, 5)
-    ) as needed
+/// Keys that are to be looked at, at most `$1`. Lives on: idempotency_sweep.
+macro_rules! past_keys {
+    () => {
+        "ctid = any(array(
+    select ctid
     from idempotency
-    where idempotency.sweep_at <= (select now from clock)
-    order by idempotency.sweep_at
+    where sweep_at <= (select now_micros())
+    order by sweep_at
     limit $1
-    for update of idempotency skip locked
-),
-kept as (
-    update idempotency
-    set sweep_at = clock.now + $2
-    from past, clock
-    where past.needed
-        and idempotency.queue_id = past.queue_id
-        and idempotency.key = past.key
-),
-gone as (
-    delete from idempotency
-    using past
-    where not past.needed
-        and idempotency.queue_id = past.queue_id
-        and idempotency.key = past.key
-    returning 1
-)
-select (select count(*) from past) as looked_at, (select count(*) from gone) as gone";
+    for update skip locked
+))"
+    };
+}
+
+/// Whether a key's message can still be delivered or is dead. Lives on: the primary key of message.
+macro_rules! key_is_needed {
+    () => {
+        "exists (
+    select 1
+    from message
+    where message.seq = idempotency.seq
+        and message.state in (0, 5)
+)"
+    };
+}
+
+// Lives on: see `past_keys` and `key_is_needed`.
+const FORGET_KEYS: &str =
+    concat!("delete from idempotency\nwhere ", past_keys!(), "\nand not ", key_is_needed!());
+
+// Lives on: see `past_keys` and `key_is_needed`. They are looked at again later, so that they do not
+// stand in the way of the others.
+const KEEP_KEYS: &str = concat!(
+    "update idempotency\nset sweep_at = now_micros() + $2\nwhere ",
+    past_keys!(),
+    "\nand ",
+    key_is_needed!()
+);
 
 // Lives on: message_listed; then the primary keys of all tables in which a message has a row.
 const CLEAR_DOOMED: &str = concat!(
@@ -360,6 +362,7 @@ pub(super) const STATEMENTS: &[&str] = &[
     FORGET_ENDED,
     FORGET_DEAD,
     FORGET_KEYS,
+    KEEP_KEYS,
     CLEAR_DOOMED,
     CLEAR_DOOMED_KEYS,
     FORGET_DOOMED,
@@ -438,12 +441,13 @@ async fn sweep_all(connection: &mut PgConnection, max: i64) -> Result<Swept, Tro
         more |= is_full(count, max);
         deleted += count as u64;
     }
-    let keys = query(FORGET_KEYS).bind(max).bind(NEEDED_KEY).fetch_one(&mut *connection).await?;
-    more |= is_full(keys.try_get("looked_at")?, max);
+    let keys = query(FORGET_KEYS).bind(max).execute(&mut *connection).await?.rows_affected();
+    let kept = query(KEEP_KEYS).bind(max).bind(NEEDED_KEY).execute(&mut *connection).await?;
+    more |= is_full((keys + kept.rows_affected()) as i64, max);
     more |= clear_doomed(connection, max).await?;
     query(FOLD).execute(connection).await?;
     let expired = by_queue.into_iter().filter_map(|(queue, n)| Some((queue?, n))).collect();
-    Ok(Swept { expired, deleted, keys: keys.try_get::<i64, _>("gone")? as u64, more })
+    Ok(Swept { expired, deleted, keys, more })
 }
 
 /// Deletes what is left of deleted queues; says whether there is more of it.

@@ -1,3 +1,4 @@
 //! Not written yet.
 
 mod cluster;
+mod plans_postgres;
