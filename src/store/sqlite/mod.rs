@@ -80,6 +80,23 @@ impl Sqlite {
         sqlx::Connection::close(opened.connection).await.map_err(of_one)
     }
 
+    /// Every statement this store runs, for the test that looks at their plans.
+    #[doc(hidden)]
+    pub fn statements() -> Vec<&'static str> {
+        let lists = [
+            file::STATEMENTS,
+            desk::STATEMENTS,
+            lease::STATEMENTS,
+            queues::STATEMENTS,
+            surgery::STATEMENTS,
+            upkeep::STATEMENTS,
+            &[WRITE_SOMETHING, VERSION],
+        ];
+        let lists = lists.into_iter().flatten().copied();
+        let inserts = enqueue::statements().chain(settle::statements());
+        lists.chain(inserts).chain(listing::statements()).collect()
+    }
+
     fn now(&self) -> i64 {
         rows::micros(self.clock.now())
     }
@@ -264,24 +281,4 @@ async fn write_and_ask_version(desk: &mut Desk) -> sqlx::Result<i64> {
 
 fn of_one(error: sqlx::Error) -> Error {
     fault(&Arc::new(error))
-}
-
-/// Every statement this store runs, for the test that looks at their plans.
-#[doc(hidden)]
-pub fn statements() -> Vec<&'static str> {
-    let lists = [
-        file::STATEMENTS,
-        desk::STATEMENTS,
-        lease::STATEMENTS,
-        queues::STATEMENTS,
-        surgery::STATEMENTS,
-        upkeep::STATEMENTS,
-        &[WRITE_SOMETHING, VERSION],
-    ];
-    let lists = lists.into_iter().flatten().copied();
-    lists
-        .chain(enqueue::statements())
-        .chain(settle::statements())
-        .chain(listing::statements())
-        .collect()
 }
