@@ -36,7 +36,9 @@ pub(super) async fn open(url: &str) -> Result<Opened> {
     let lock = lock(&path)?;
     create(&path)?;
     let options = options(&path);
-    let mut connection = options.connect().await.map_err(refused)?;
+    // For a new file, and so only here: on a connection that only reads it is a forbidden write.
+    let first = options.clone().auto_vacuum(SqliteAutoVacuum::Incremental);
+    let mut connection = first.connect().await.map_err(refused)?;
     check_version(&mut connection).await?;
     migrate(&mut connection).await?;
     Ok(Opened { connection, options, lock })
@@ -113,8 +115,6 @@ fn unusable(path: &Path, error: &io::Error) -> Error {
 fn options(path: &Path) -> SqliteConnectOptions {
     for_all(path)
         .page_size(4096)
-        // Before the journal mode, or a new file would need a vacuum for it.
-        .auto_vacuum(SqliteAutoVacuum::Incremental)
         .journal_mode(SqliteJournalMode::Wal)
         // What was answered is on the disk.
         .synchronous(SqliteSynchronous::Full)

@@ -1,0 +1,79 @@
+//! Claiming messages, and keeping the claim.
+
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+
+use crate::model::{Lease, Leased, Message, State, Token};
+
+use super::super::Claim;
+use super::books::{Books, Hold, Row, after};
+
+impl Books {
+    /// Claims in the order of lease. `asked` is the monotonic time at which the caller asked.
+    pub(super) fn lease(&mut self, claim: &Claim, asked: Instant, now: Timestamp) -> Vec<Leased> {
+        let Some(queue) = self.queues.get(&claim.queue) else { return Vec::new() };
+        let wanted = |row: &Row| !row.is_expired(now) && (row.urgent || !claim.urgent_only);
+        let seqs = queue.ready.iter().map(|(_, _, seq)| *seq);
+        let chosen = seqs.filter(|seq| self.row(*seq).is_some_and(wanted)).take(claim.max);
+        let chosen = chosen.collect::<Vec<_>>();
+        let until = asked + claim.duration;
+        let take = |seq| self.change(seq, |row| row.claim(seq, claim, until, now));
+        chosen.into_iter().filter_map(take).collect()
+    }
+
+    /// Prolongs what is still held.
+    pub(super) fn renew(
+        &mut self,
+        leases: &[Lease],
+        duration: Duration,
+        now: Timestamp,
+    ) -> Vec<bool> {
+        let renew = |lease: &Lease| {
+            let held = self.row(lease.seq).is_some_and(|row| row.is_held_by(lease, now));
+            held && self.change(lease.seq, |row| row.prolong(after(now, duration))).is_some()
+        };
+        leases.iter().map(renew).collect()
+    }
+}
+
+impl Row {
+    /// Whether this lease is the current one and has not run out.
+    pub(super) fn is_held_by(&self, lease: &Lease, now: Timestamp) -> bool {
+        let current = |hold: &Hold| hold.token == lease.token && now < hold.until;
+        self.record.head.id == lease.id && self.hold.as_ref().is_some_and(current)
+    }
+
+    fn claim(&mut self, seq: i64, claim: &Claim, until: Instant, now: Timestamp) -> Leased {
+        let token = new_token();
+        self.hold = Some(Hold {
+            token,
+            replica: claim.replica.clone(),
+            since: now,
+            until: after(now, claim.duration),
+        });
+        self.record.state = State::Leased;
+        // Counted here and not when it is settled, so that a crash in between counts too.
+        self.record.tries.attempts += 1;
+        self.urgent = false;
+        let head = self.record.head.clone();
+        Leased {
+            lease: Lease { seq, id: head.id, token, until },
+            message: Message { head, body: self.body.clone() },
+            tries: self.record.tries,
+            due_at: self.record.deliver_at,
+            leased_at: now,
+        }
+    }
+
+    fn prolong(&mut self, until: Timestamp) {
+        if let Some(hold) = &mut self.hold {
+            hold.until = until;
+        }
+    }
+}
+
+fn new_token() -> Token {
+    let bits = getrandom::u64().expect("the operating system has random numbers");
+    Token(i64::try_from(bits >> 1).expect("63 bits are left"))
+}

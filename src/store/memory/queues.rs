@@ -1,0 +1,78 @@
+//! Queues, and whether they and the pump are to run.
+
+use crate::model::{QueueName, QueueRecord, QueueSettings, RunState, State};
+
+use super::super::{DeleteQueue, Precondition, PutQueue};
+use super::books::{Books, Queue};
+
+impl Books {
+    pub(super) fn queues(&self) -> Vec<QueueRecord> {
+        self.queues.keys().filter_map(|name| self.queue(name)).collect()
+    }
+
+    pub(super) fn queue(&self, name: &QueueName) -> Option<QueueRecord> {
+        let Queue { settings, state, .. } = self.queues.get(name)?;
+        Some(QueueRecord { name: name.clone(), settings: settings.clone(), state: state.clone() })
+    }
+
+    pub(super) fn put_queue(
+        &mut self,
+        name: &QueueName,
+        settings: QueueSettings,
+        precondition: &Precondition,
+    ) -> PutQueue {
+        if !precondition.holds(self.etag(name).as_deref()) {
+            return PutQueue::PreconditionFailed;
+        }
+        self.settings_changed();
+        let record = |state| QueueRecord { name: name.clone(), settings: settings.clone(), state };
+        if let Some(queue) = self.queues.get_mut(name) {
+            queue.settings = settings.clone();
+            return PutQueue::Replaced(record(queue.state.clone()));
+        }
+        self.queues.insert(name.clone(), Queue::new(settings.clone()));
+        PutQueue::Created(record(RunState::Running))
+    }
+
+    pub(super) fn delete_queue(
+        &mut self,
+        name: &QueueName,
+        force: bool,
+        precondition: &Precondition,
+    ) -> DeleteQueue {
+        let Some(queue) = self.queues.get(name) else { return DeleteQueue::NoSuchQueue };
+        if !precondition.holds(Some(&queue.settings.etag())) {
+            return DeleteQueue::PreconditionFailed;
+        }
+        if !force && queue.unsettled() + queue.count(State::Dead) > 0 {
+            return DeleteQueue::NotEmpty;
+        }
+        let its_own = self.rows().filter(|(_, row)| row.record.head.queue == *name);
+        for seq in its_own.map(|(seq, _)| seq).collect::<Vec<_>>() {
+            self.remove(seq);
+        }
+        self.keys.retain(|(queue, _), _| queue != name);
+        self.queues.remove(name);
+        self.settings_changed();
+        DeleteQueue::Deleted
+    }
+
+    pub(super) fn set_run_state(&mut self, queue: Option<&QueueName>, state: RunState) -> bool {
+        match queue.map(|name| self.queues.get_mut(name)) {
+            None => self.pump.state = state,
+            Some(Some(queue)) => queue.state = state,
+            Some(None) => return false,
+        }
+        self.settings_changed();
+        true
+    }
+
+    pub(super) fn set_ceiling(&mut self, ceiling: u32) {
+        self.pump.ceiling = ceiling;
+        self.settings_changed();
+    }
+
+    fn etag(&self, name: &QueueName) -> Option<String> {
+        self.queues.get(name).map(|queue| queue.settings.etag())
+    }
+}

@@ -1,0 +1,61 @@
+//! Writing what became of a leased message, if the lease still holds.
+
+use jiff::Timestamp;
+
+use crate::model::{NewMessage, Settlement, State};
+
+use super::super::{Enqueued, Error, Result, Settle, Settled};
+use super::books::{Books, Row, after, since};
+
+impl Books {
+    pub(super) fn settle(&mut self, settle: Settle, now: Timestamp) -> Result<Settled> {
+        let Settle { lease, settlement, delivery, sent } = settle;
+        let held = |row: &&Row| row.is_held_by(&lease, now);
+        let Some(row) = self.row(lease.seq).filter(held) else { return Ok(Settled::LeaseLost) };
+        let age = since(row.record.head.enqueued_at, now);
+        if settlement == Settlement::Ack {
+            self.send(sent, now)?;
+        }
+        self.change(lease.seq, |row| {
+            row.settle(settlement, now);
+            row.deliveries.extend(delivery);
+        });
+        Ok(Settled::Done { age })
+    }
+
+    /// Takes in what a handler sent: all of it or nothing.
+    fn send(&mut self, sent: Vec<NewMessage>, now: Timestamp) -> Result<()> {
+        let first_seq = self.next_seq();
+        for message in sent {
+            if let Enqueued::Refused(refusal) = self.take_in(message, now) {
+                self.undo(first_seq);
+                let what = format!("a message sent by a handler was refused: {refusal:?}");
+                return Err(Error::Refused { what });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Row {
+    fn settle(&mut self, settlement: Settlement, now: Timestamp) {
+        match settlement {
+            Settlement::Ack => self.end(State::Completed, None, now),
+            Settlement::Retry { after: pause } => {
+                self.record.tries.failures += 1;
+                self.wait(after(now, pause), now);
+            }
+            Settlement::DeadLetter { reason } => {
+                self.record.tries.failures += 1;
+                self.end(State::Dead, Some(reason), now);
+            }
+            Settlement::Discard { reason } => self.end(State::Discarded, Some(reason), now),
+            // It keeps its due time, so that it goes first again; the attempt keeps its number, so
+            // that no number is used twice.
+            Settlement::Release => {
+                self.record.state = State::Ready;
+                self.hold = None;
+            }
+        }
+    }
+}
