@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use pumphouse::clock::ManualClock;
-use pumphouse::store::{Memory, Sqlite};
+use pumphouse::store::{Memory, Postgres, Sqlite};
 
 use super::stage::Stage;
 
@@ -24,13 +24,11 @@ pub(crate) async fn sqlite() -> Stage {
     Stage::manual(Arc::new(store), clock).with(directory)
 }
 
-// Switched on together with its line in `store/mod.rs`:
-//
-// /// An empty database of its own, which goes by the server's clock.
-// pub(crate) async fn postgres() -> Stage {
-//     let url = super::postgres::fresh_database().await;
-//     Stage::real(Arc::new(Postgres::open(&url).await.expect("a new database can be opened")))
-// }
+/// An empty database of its own, which goes by the server's clock.
+pub(crate) async fn postgres() -> Stage {
+    let url = super::postgres::fresh_database().await;
+    Stage::real(Arc::new(Postgres::open(&url).await.expect("a new database can be opened")))
+}
 
 /// A clock that stands at the same moment at the start of every test.
 fn clock() -> Arc<ManualClock> {
