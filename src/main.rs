@@ -1,1 +1,5 @@
-fn main() {}
+//! The program: hands over to the command line, and ends with its exit code.
+
+fn main() -> std::process::ExitCode {
+    pumphouse::cli::run()
+}

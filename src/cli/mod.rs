@@ -1,1 +1,238 @@
-//! Not written yet.
+//! The command line: owns the process, its flags and its configuration, and wires everything else.
+//!
+//! ```text
+//!   settings   the list of what can be set
+//!   layers     defaults < file < environment < flags, each value with its origin
+//!   config     what the values mean
+//!   serve      from a configuration to a running server, and back down
+//! ```
+//!
+//! No decision about messages is made here.
+
+mod settings;
+mod layers;
+mod size;
+mod config;
+mod log;
+mod signals;
+mod serve;
+mod migrate;
+mod client;
+mod send;
+mod queues;
+
+use std::io::{self, ErrorKind, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::{Args, CommandFactory, Parser, Subcommand};
+use http::Method;
+use rustls::crypto::ring;
+use tokio::runtime;
+
+use crate::api;
+
+use client::{Call, PATIENCE, call};
+use config::Config;
+
+use settings::Flags;
+
+/// How long what still runs may hold up the end of the process.
+const LAST_WORDS: Duration = Duration::from_secs(1);
+
+#[derive(Debug, Parser)]
+#[command(name = "pumphouse", version, about = ABOUT, after_help = EXAMPLES, max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const ABOUT: &str = "A durable message pump: POST a message and go on; Pumphouse delivers it.";
+
+const EXAMPLES: &str = "\
+Examples:
+  pumphouse serve --queue hello=log:          a server with a queue that shows its messages
+  pumphouse send hello 'Good morning'         send it one
+  pumphouse queues list                       see what became of it
+  pumphouse help serve                        every setting, and what it is without being set
+
+Settings come from defaults, then ./pumphouse.toml (or --config FILE), then PUMPHOUSE_* variables,
+then flags; `pumphouse config` shows the result. Exit codes: 0 done, 1 failed, 2 wrong usage.";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Run the server: takes messages over HTTP and delivers them, until SIGTERM
+    #[command(after_help = SERVE_EXAMPLES)]
+    Serve(Settings),
+    /// Bring the database's schema up to date, and end
+    ///
+    /// `serve` does the same when it starts; this is for those who want it as a step of its own.
+    #[command(after_help = "Example:\n  pumphouse migrate --database postgres://pump@db/pumphouse")]
+    Migrate(Settings),
+    /// Print every setting with its value and where that comes from
+    #[command(after_help = "Example:\n  PUMPHOUSE_LOG=warn pumphouse config --body-limit 4MiB")]
+    Config(Settings),
+    /// Print the OpenAPI document of the HTTP interface
+    #[command(after_help = "Example:\n  pumphouse openapi > pumphouse.json")]
+    Openapi,
+    /// Send one message to a running server
+    #[command(after_help = SEND_EXAMPLES)]
+    Send(send::Send),
+    /// Show and change the queues of a running server
+    #[command(after_help = "Examples:\n  pumphouse queues list\n  pumphouse queues put \
+        emails=http://127.0.0.1:9000/emails\n  pumphouse queues stop emails --reason 'mail server moves'")]
+    Queues(queues::Queues),
+    /// Ask a running server whether it is ready; exits 0 if it is, 1 if not
+    #[command(after_help = "Example:\n  pumphouse health --url http://127.0.0.1:8080")]
+    Health(Server),
+}
+
+const SERVE_EXAMPLES: &str = "\
+Examples:
+  pumphouse serve --queue emails=http://127.0.0.1:9000/emails
+  pumphouse serve --database postgres://pump@db/pumphouse --replica pump-1
+  pumphouse serve --listen 0.0.0.0:8080 --admin-listen 127.0.0.1:8081 --insecure
+
+SIGTERM (or Ctrl-C) takes no more messages, lets open deliveries end for --drain-deadline, and exits 0.
+A second one ends the process at once; no message is lost, what was open is delivered again.";
+
+const SEND_EXAMPLES: &str = "\
+Examples:
+  pumphouse send emails '{\"to\": \"ada@example.com\"}' --type welcome --key welcome-ada
+  pumphouse send emails --delay 10m < letter.txt
+  pumphouse send emails hello --header x-tenant=acme";
+
+#[derive(Debug, Args)]
+struct Settings {
+    /// The file to read settings from [env: PUMPHOUSE_CONFIG] [default: ./pumphouse.toml if it exists]
+    #[arg(long, value_name = "FILE")]
+    config: Option<String>,
+    #[command(flatten)]
+    flags: Flags,
+}
+
+impl Settings {
+    fn read(&self) -> Result<Config> {
+        Config::read(&config::layers(self.config.as_deref(), &self.flags)?)
+    }
+}
+
+/// Where the server is that a command talks to.
+#[derive(Debug, Args)]
+struct Server {
+    /// Where the server answers; for queues: where it answers operators
+    #[arg(
+        long,
+        value_name = "URL",
+        env = "PUMPHOUSE_URL",
+        default_value = "http://127.0.0.1:8080"
+    )]
+    url: String,
+}
+
+/// Does what the arguments of this process say. Failures are printed with all their causes.
+pub fn run() -> ExitCode {
+    match begin(Cli::parse().command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            if let Some(usage) = error.downcast_ref::<clap::Error>() {
+                usage.exit();
+            }
+            let mut text = format!("pumphouse: {error}\n");
+            for cause in error.chain().skip(1) {
+                text.push_str(&format!("  because: {cause}\n"));
+            }
+            // Where standard error is closed there is nobody left to tell; the exit code says it too.
+            let _ = io::stderr().write_all(text.as_bytes());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn begin(command: Command) -> Result<()> {
+    // Only the first one counts, and this is the first: two providers would be a panic later.
+    let _ = ring::default_provider().install_default();
+    let runtime = runtime::Builder::new_multi_thread().enable_all().build();
+    let runtime = runtime.context("cannot start the threads that do the work")?;
+    let done = runtime.block_on(execute(command));
+    runtime.shutdown_timeout(LAST_WORDS);
+    done
+}
+
+async fn execute(command: Command) -> Result<()> {
+    match command {
+        Command::Serve(settings) => serve::run(settings.read()?).await,
+        Command::Migrate(settings) => migrate::run(&settings.read()?.database).await,
+        Command::Config(settings) => {
+            let layers = config::layers(settings.config.as_deref(), &settings.flags)?;
+            print(config::describe(&layers).trim_end())?;
+            Config::read(&layers).map(|_| ())
+        }
+        Command::Openapi => print(&api::openapi_json()),
+        Command::Send(message) => send::run(message).await,
+        Command::Queues(action) => queues::run(action).await,
+        Command::Health(server) => health(&server).await,
+    }
+}
+
+async fn health(server: &Server) -> Result<()> {
+    let ready = call(Call {
+        method: Method::GET,
+        base: &server.url,
+        path: "/readyz",
+        headers: Vec::new(),
+        body: Default::default(),
+        patience: PATIENCE,
+    });
+    ready.await.context("not ready")?;
+    print("ready")
+}
+
+/// The whole command line as a value, for whoever wants to show or to check it.
+pub fn command() -> clap::Command {
+    Cli::command()
+}
+
+/// Prints a text and a line break. A reader that has gone, as in `pumphouse … | head`, is no failure.
+fn print(text: &str) -> Result<()> {
+    let mut out = io::stdout().lock();
+    match out
+        .write_all(text.as_bytes())
+        .and_then(|()| out.write_all(b"\n"))
+        .and_then(|()| out.flush())
+    {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("cannot print"),
+        _ => Ok(()),
+    }
+}
+
+fn parse_pair(text: &str) -> Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((name, value)) if !name.is_empty() => Ok((name.to_owned(), value.to_owned())),
+        _ => Err("write NAME=VALUE, as in x-tenant=acme".to_owned()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn a_switch_can_be_said_and_taken_back() {
+        let insecure = |arguments: &[&str]| {
+            let command = Cli::try_parse_from(arguments).unwrap().command;
+            let Command::Serve(settings) = command else { panic!("serve was asked for") };
+            settings.flags.0.get("insecure").cloned()
+        };
+        let said = |text: &str| Some(vec![text.to_owned()]);
+        assert_eq!(insecure(&["pumphouse", "serve"]), None);
+        assert_eq!(insecure(&["pumphouse", "serve", "--insecure"]), said("true"));
+        assert_eq!(insecure(&["pumphouse", "serve", "--insecure=false"]), said("false"));
+    }
+}

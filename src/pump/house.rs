@@ -1,16 +1,48 @@
 //! All pumps of one process: start, stop, drain, limits, and what they really do now.
+//!
+//! What is wanted stands in the store: queues, settings, who is stopped. This room brings the pumps of this
+//! process in line with it, whenever it hears that something changed and once a second besides.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::collections::{BTreeMap, HashMap};
+use std::ops::AddAssign;
+use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
-use crate::model::{NewMessage, QueueName, ReplicaName};
-use crate::store::{self, Enqueue, EnqueueOutcome, Enqueued, Store};
+use crate::clock::{Clock, SystemClock};
+use crate::deliver::{self, Client, Handler, Surroundings};
+use crate::model::{
+    self, NewMessage, QueueName, QueueRecord, QueueSettings, ReplicaName, RunState, Stopped,
+};
+use crate::store::{
+    self, CEILING_DEFAULT, Enqueue, EnqueueOutcome, Enqueued, Precondition, PutQueue, Store,
+};
+use crate::telemetry::metrics::{self, QueueMeters};
+
+use super::embed::Queue;
+use super::gate::Gate;
+use super::keeper;
+use super::round::Mode;
+use super::{QueuePump, Setup};
 
 /// A message pump over one store. Cheap to clone; all clones are the same pump.
+///
+/// It runs until [`Pumphouse::shut_down`]; dropping it does not end it.
 #[derive(Debug, Clone)]
-pub struct Pumphouse {}
+pub struct Pumphouse(Arc<House>);
+
+/// What is to be known before a pump starts.
+#[derive(Debug)]
+pub struct Builder {
+    store: Arc<dyn Store>,
+    replica: Option<ReplicaName>,
+    clock: Arc<dyn Clock>,
+    queues: Vec<Queue>,
+}
 
 /// How to stop, and what to say of it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,11 +68,19 @@ pub struct StopReport {
     pub released: u64,
 }
 
+impl AddAssign for StopReport {
+    fn add_assign(&mut self, other: Self) {
+        self.drained += other.drained;
+        self.aborted += other.aborted;
+        self.released += other.released;
+    }
+}
+
 /// What a pump is doing now.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Overview {
     /// Whether it is to run.
-    pub state: crate::model::RunState,
+    pub state: RunState,
     /// This process.
     pub replica: ReplicaName,
     /// All processes alive on this store.
@@ -49,7 +89,7 @@ pub struct Overview {
     pub in_flight: u32,
     /// How many may be open at once, over all queues of this process.
     pub ceiling: u32,
-    /// Each queue that is pumped here.
+    /// Each queue of this process.
     pub queues: Vec<QueueOverview>,
 }
 
@@ -64,99 +104,491 @@ pub struct QueueOverview {
     pub limit: u32,
 }
 
-/// What is to be known before a pump starts.
+/// Everything that the pumps of one process share.
 #[derive(Debug)]
-pub struct Builder {}
+pub(super) struct House {
+    pub(super) store: Arc<dyn Store>,
+    pub(super) replica: ReplicaName,
+    /// Changes with every start, so that leases of an earlier life are told apart.
+    pub(super) incarnation: i64,
+    /// The store's revision in the last quiet second.
+    revision: AtomicI64,
+    clock: Arc<dyn Clock>,
+    client: Client,
+    /// Handlers in this program, by queue.
+    services: HashMap<QueueName, Handler>,
+    ceiling: Arc<Gate>,
+    known: Mutex<Known>,
+    pumps: Mutex<BTreeMap<QueueName, Arc<QueuePump>>>,
+    /// Held while pumps are brought in line, so that two changes do not cross.
+    lining_up: tokio::sync::Mutex<()>,
+    leaving: CancellationToken,
+    tasks: TaskTracker,
+}
+
+/// What this process last heard from the store.
+#[derive(Debug)]
+struct Known {
+    state: RunState,
+    replicas: Vec<ReplicaName>,
+    heard: Instant,
+    /// Whether something is stopped until a moment, which no news will tell.
+    timed_pauses: bool,
+}
 
 impl Pumphouse {
     /// A pump over this store, to be set up.
-    pub fn builder(_store: Arc<dyn Store>) -> Builder {
-        unimplemented!()
+    pub fn builder(store: Arc<dyn Store>) -> Builder {
+        Builder { store, replica: None, clock: Arc::new(SystemClock), queues: Vec::new() }
     }
 
     /// The store below.
     pub fn store(&self) -> &Arc<dyn Store> {
-        unimplemented!()
+        &self.0.store
     }
 
     /// This process' name.
     pub fn replica(&self) -> &ReplicaName {
-        unimplemented!()
+        &self.0.replica
     }
 
-    /// Takes messages in. See [`Store::enqueue`].
-    pub async fn enqueue(&self, _enqueue: Enqueue) -> store::Result<EnqueueOutcome> {
-        unimplemented!()
+    /// Takes messages in, and counts them. See [`Store::enqueue`].
+    pub async fn enqueue(&self, enqueue: Enqueue) -> store::Result<EnqueueOutcome> {
+        let outcome = self.0.store.enqueue(enqueue).await?;
+        if let EnqueueOutcome::Done(all) = &outcome {
+            count_enqueued(all);
+        }
+        Ok(outcome)
     }
 
     /// Takes one message in.
-    pub async fn send(&self, _message: NewMessage) -> store::Result<Enqueued> {
-        unimplemented!()
+    pub async fn send(&self, message: NewMessage) -> store::Result<Enqueued> {
+        let enqueue = Enqueue { messages: vec![message], atomic: false, batch: None };
+        match self.enqueue(enqueue).await? {
+            EnqueueOutcome::Done(mut all) if all.len() == 1 => Ok(all.remove(0)),
+            outcome => {
+                let what = format!("one message was sent, and the store answered {outcome:?}");
+                Err(store::Error::Corrupt { what, source: None })
+            }
+        }
     }
 
     /// Starts a queue, now and after every restart. `false` where there is none. Twice does no harm.
-    pub async fn start_queue(&self, _queue: &QueueName) -> store::Result<bool> {
-        unimplemented!()
+    pub async fn start_queue(&self, queue: &QueueName) -> store::Result<bool> {
+        let found = self.0.store.set_run_state(Some(queue), RunState::Running).await?;
+        self.0.line_up().await?;
+        Ok(found)
     }
 
     /// Stops a queue, now and after every restart, and returns once no delivery of it is open here.
     ///
     /// `None` where there is no such queue. Twice: every caller waits for the same end; a shorter deadline
-    /// shortens it for all.
+    /// shortens it for all. Other replicas stop within a second and are not waited for.
     pub async fn stop_queue(
         &self,
-        _queue: &QueueName,
-        _stop: Stop,
+        queue: &QueueName,
+        stop: Stop,
     ) -> store::Result<Option<StopReport>> {
-        unimplemented!()
+        let deadline = tokio::time::Instant::now() + stop.deadline;
+        let state = RunState::Stopped(self.0.stopped(stop));
+        if !self.0.store.set_run_state(Some(queue), state).await? {
+            return Ok(None);
+        }
+        self.0.line_up().await?;
+        let pump = self.0.pumps().into_iter().find(|pump| pump.queue == *queue);
+        match pump {
+            Some(pump) => Ok(Some(pump.end_closed(deadline).await)),
+            None => Ok(Some(StopReport::default())),
+        }
     }
 
     /// Starts the whole pump: every queue that is not stopped itself.
     pub async fn start(&self) -> store::Result<()> {
-        unimplemented!()
+        self.0.store.set_run_state(None, RunState::Running).await?;
+        self.0.line_up().await
     }
 
     /// Stops the whole pump, as [`Pumphouse::stop_queue`] does for one queue.
-    pub async fn stop(&self, _stop: Stop) -> store::Result<StopReport> {
-        unimplemented!()
+    pub async fn stop(&self, stop: Stop) -> store::Result<StopReport> {
+        let deadline = tokio::time::Instant::now() + stop.deadline;
+        let state = RunState::Stopped(self.0.stopped(stop));
+        self.0.store.set_run_state(None, state).await?;
+        self.0.line_up().await?;
+        Ok(self.0.end_closed(deadline).await)
     }
 
     /// Sets how many deliveries of all queues may be open at once; in force when it returns.
-    pub async fn set_ceiling(&self, _ceiling: u32) -> store::Result<()> {
-        unimplemented!()
+    pub async fn set_ceiling(&self, ceiling: u32) -> store::Result<()> {
+        self.0.store.set_ceiling(ceiling).await?;
+        self.0.line_up().await
     }
 
     /// Looks at queues and settings now, and returns once they are in force in this process.
     pub async fn refresh(&self) -> store::Result<()> {
-        unimplemented!()
+        self.0.line_up().await
     }
 
     /// What it is doing now.
     pub fn overview(&self) -> Overview {
-        unimplemented!()
+        let queues = self.0.pumps().into_iter().map(|pump| QueueOverview {
+            queue: pump.queue.clone(),
+            in_flight: pump.gate.open(),
+            limit: pump.gate.limit(),
+        });
+        let known = self.0.known();
+        Overview {
+            state: known.state.clone(),
+            replica: self.0.replica.clone(),
+            replicas: known.replicas.clone(),
+            in_flight: self.0.ceiling.open(),
+            ceiling: self.0.ceiling.limit(),
+            queues: queues.collect(),
+        }
     }
 
     /// Whether it is on its way out.
     pub fn is_shutting_down(&self) -> bool {
-        unimplemented!()
+        self.0.leaving.is_cancelled()
     }
 
     /// Ends it: takes no new lease, lets open deliveries go on for `deadline`, then cuts them and gives
     /// their leases back. What was started or stopped by an operator stays so for the next start.
-    pub async fn shut_down(&self, _deadline: Duration) -> StopReport {
-        unimplemented!()
+    pub async fn shut_down(&self, deadline: Duration) -> StopReport {
+        let deadline = tokio::time::Instant::now() + deadline;
+        self.0.leaving.cancel();
+        // Whoever is bringing pumps in line may be about to start one: let it end first, but not for long,
+        // because it may be waiting for a database that is away.
+        let lining_up = tokio::time::timeout(GOODBYE_MAX, self.0.lining_up.lock()).await;
+        for pump in self.0.pumps() {
+            pump.set_mode(None);
+        }
+        drop(lining_up);
+        let report = self.0.end_closed(deadline).await;
+        self.0.tasks.close();
+        if tokio::time::timeout(GOODBYE_MAX, self.0.tasks.wait()).await.is_err() {
+            tracing::warn!("left while the database did not answer");
+        }
+        // Without it the others wait for `good_for` to run out before they take over the shares.
+        match tokio::time::timeout(GOODBYE_MAX, self.0.attend(true)).await {
+            Ok(Ok(_)) => (),
+            Ok(Err(error)) => {
+                tracing::warn!(error = &error as &dyn std::error::Error, "left without a goodbye");
+            }
+            Err(_) => tracing::warn!("left without a goodbye: the database does not answer"),
+        }
+        report
     }
 }
 
 impl Builder {
     /// The name of this process; a random one without it.
     #[must_use]
-    pub fn replica(self, _name: ReplicaName) -> Self {
-        unimplemented!()
+    pub fn replica(mut self, name: ReplicaName) -> Self {
+        self.replica = Some(name);
+        self
     }
 
-    /// Starts to pump.
+    /// Where time and chance come from; the machine without it.
+    #[must_use]
+    pub fn clock(mut self, clock: Arc<dyn Clock>) -> Self {
+        self.clock = clock;
+        self
+    }
+
+    /// A queue whose handler is in this program. Made at the start if there is none; if there is one, its
+    /// stored settings stay, but for the handler.
+    #[must_use]
+    pub fn queue(mut self, queue: Queue) -> Self {
+        self.queues.push(queue);
+        self
+    }
+
+    /// Starts to pump: takes back what an earlier life of this process had leased, and goes to work.
     pub async fn start(self) -> store::Result<Pumphouse> {
-        unimplemented!()
+        metrics::describe();
+        for queue in &self.queues {
+            declare(&*self.store, queue).await?;
+        }
+        let chance = getrandom::u64().expect("the operating system has random numbers");
+        let replica = self.replica.unwrap_or_else(|| {
+            ReplicaName::parse(&format!("replica-{chance:016x}")).expect("hex digits make a name")
+        });
+        let known = Known {
+            state: RunState::Running,
+            replicas: Vec::new(),
+            heard: Instant::now(),
+            timed_pauses: false,
+        };
+        let house = Arc::new(House {
+            store: self.store,
+            replica,
+            incarnation: (chance >> 1).cast_signed(),
+            revision: AtomicI64::new(0),
+            clock: self.clock,
+            client: deliver::client(),
+            services: self.queues.into_iter().map(|queue| (queue.name, queue.handler)).collect(),
+            ceiling: Gate::new(CEILING_DEFAULT),
+            known: Mutex::new(known),
+            pumps: Mutex::default(),
+            lining_up: tokio::sync::Mutex::default(),
+            leaving: CancellationToken::new(),
+            tasks: TaskTracker::new(),
+        });
+        house.attend(false).await?;
+        house.line_up().await?;
+        house.spawn_upkeep();
+        Ok(Pumphouse(house))
     }
 }
+
+async fn declare(store: &dyn Store, queue: &Queue) -> store::Result<()> {
+    let settings = queue.settings.clone();
+    let put = store.put_queue(&queue.name, settings, Precondition::Absent).await?;
+    if put != PutQueue::PreconditionFailed {
+        return Ok(());
+    }
+    if let Some(found) = store.queue(&queue.name).await?
+        && found.settings.handler != model::Handler::Service
+    {
+        let settings = QueueSettings { handler: model::Handler::Service, ..found.settings };
+        store.put_queue(&queue.name, settings, Precondition::Exists).await?;
+    }
+    Ok(())
+}
+
+fn count_enqueued(all: &[Enqueued]) {
+    let mut new = BTreeMap::<&QueueName, u64>::new();
+    for one in all {
+        match one {
+            Enqueued::New(receipt) => *new.entry(&receipt.queue).or_default() += 1,
+            Enqueued::Duplicate(receipt) => metrics::duplicates(&receipt.queue).increment(1),
+            Enqueued::Refused(_) => (),
+        }
+    }
+    for (queue, count) in new {
+        metrics::enqueued(queue).increment(count);
+    }
+}
+
+impl House {
+    fn spawn_upkeep(self: &Arc<Self>) {
+        let store = || (Arc::clone(&self.store), self.leaving.clone());
+        let (this, (a, b, c)) = (Arc::clone(self), (store(), store(), store()));
+        self.tasks.spawn(keeper::keep_schedule(a.0, a.1));
+        self.tasks.spawn(keeper::take_back_leases(b.0, b.1));
+        self.tasks.spawn(keeper::sweep(c.0, c.1));
+        self.tasks.spawn(async move { this.keep_in_line().await });
+    }
+
+    /// Brings the pumps in line whenever something changed, and shows that this process is alive.
+    async fn keep_in_line(self: Arc<Self>) {
+        let mut news = self.store.news().of_settings();
+        let mut wait = ATTEND_EVERY;
+        loop {
+            let told = tokio::time::timeout(wait, news.changed());
+            let Some(told) = self.leaving.run_until_cancelled(told).await else { return };
+            news.mark_unchanged();
+            let looked = match told {
+                Ok(_) => self.line_up_and_attend().await,
+                Err(_) => self.attend_and_line_up_if_changed().await,
+            };
+            wait = match looked {
+                Ok(true) => ATTEND_WHILE_WAITING,
+                Ok(false) => ATTEND_EVERY,
+                Err(error) => {
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "cannot look at the queues; trying again"
+                    );
+                    self.shut_shared_gates_if_unheard();
+                    ATTEND_EVERY
+                }
+            };
+            self.store.news().forget_unheard();
+        }
+    }
+
+    /// Brings the pumps of this process in line with what the store wants; in force when it returns.
+    async fn line_up(self: &Arc<Self>) -> store::Result<()> {
+        self.line_up_and_attend().await.map(drop)
+    }
+
+    /// The quiet second: shows that this process is alive, and reads the queues only if something changed.
+    async fn attend_and_line_up_if_changed(self: &Arc<Self>) -> store::Result<bool> {
+        let attended = self.attend(false).await?;
+        // Compared with the last quiet second, not with the last reading: what changed during a reading
+        // is read again.
+        let before = self.revision.swap(attended.revision, Ordering::Relaxed);
+        if before != attended.revision || self.known().timed_pauses {
+            return self.line_up_and_attend().await;
+        }
+        Ok(attended.waiting)
+    }
+
+    async fn line_up_and_attend(self: &Arc<Self>) -> store::Result<bool> {
+        let _one_at_a_time = self.lining_up.lock().await;
+        if self.leaving.is_cancelled() {
+            return Ok(false);
+        }
+        let pump = self.store.pump().await?;
+        let state = self.start_if_time(None, pump.state).await?;
+        let mut queues = self.store.queues().await?;
+        for queue in &mut queues {
+            let state = std::mem::take(&mut queue.state);
+            queue.state = self.start_if_time(Some(&queue.name), state).await?;
+        }
+        self.ceiling.set_limit(pump.ceiling);
+        let timed = |state: &RunState| matches!(state, RunState::Stopped(stopped) if stopped.until.is_some());
+        let timed_pauses = timed(&state) || queues.iter().any(|queue| timed(&queue.state));
+        {
+            let mut known = self.known();
+            known.state = state.clone();
+            known.timed_pauses = timed_pauses;
+        }
+        self.drop_missing(&queues);
+        for queue in &queues {
+            self.line_up_queue(queue);
+        }
+        // Gates are moved before anything new is started behind them.
+        let attended = self.attend(false).await?;
+        for queue in &queues {
+            if let Some(pump) = self.lock_pumps().get(&queue.name)
+                && !self.leaving.is_cancelled()
+            {
+                pump.set_mode(mode(&state, queue, pump));
+            }
+        }
+        Ok(attended.waiting)
+    }
+
+    /// Ends a timed pause whose time has come.
+    async fn start_if_time(
+        &self,
+        queue: Option<&QueueName>,
+        state: RunState,
+    ) -> store::Result<RunState> {
+        match &state {
+            RunState::Stopped(Stopped { until: Some(until), .. }) if *until <= self.clock.now() => {
+                self.store.set_run_state(queue, RunState::Running).await?;
+                Ok(RunState::Running)
+            }
+            RunState::Stopped(_) | RunState::Running => Ok(state),
+        }
+    }
+
+    fn drop_missing(&self, queues: &[QueueRecord]) {
+        self.lock_pumps().retain(|name, pump| {
+            let exists = queues.iter().any(|queue| queue.name == *name);
+            if !exists {
+                pump.set_mode(None);
+            }
+            exists
+        });
+    }
+
+    fn line_up_queue(self: &Arc<Self>, queue: &QueueRecord) {
+        let mut pumps = self.lock_pumps();
+        if let Some(pump) = pumps.get(&queue.name) {
+            if pump.setup().settings != queue.settings {
+                let setup = self.setup(&queue.name, &queue.settings, &pump.meters);
+                *pump.setup.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(setup);
+                // Narrowed at once; widened only once the share is known.
+                let limit = queue.settings.concurrency.limit;
+                pump.gate.set_limit(pump.gate.limit().min(limit));
+            }
+            return;
+        }
+        let meters = Arc::new(QueueMeters::of(&queue.name));
+        let setup = self.setup(&queue.name, &queue.settings, &meters);
+        let pump = QueuePump {
+            queue: queue.name.clone(),
+            replica: self.replica.clone(),
+            store: Arc::clone(&self.store),
+            clock: Arc::clone(&self.clock),
+            meters,
+            gate: Gate::new(0),
+            ceiling: Arc::clone(&self.ceiling),
+            setup: RwLock::new(Arc::new(setup)),
+            rounds: Mutex::default(),
+            held: AtomicUsize::new(0),
+            usual: AtomicU64::new(0),
+        };
+        pumps.insert(queue.name.clone(), Arc::new(pump));
+    }
+
+    fn setup(
+        &self,
+        name: &QueueName,
+        settings: &QueueSettings,
+        meters: &Arc<QueueMeters>,
+    ) -> Setup {
+        let handler = match &settings.handler {
+            model::Handler::Http(http) => Some(deliver::http_handler(
+                self.client.clone(),
+                http.clone(),
+                Arc::clone(&self.clock),
+            )),
+            model::Handler::Builtin { name } => Some(deliver::builtin(*name)),
+            model::Handler::Service => self.services.get(name).cloned(),
+            model::Handler::Pull => None,
+        };
+        let around = Surroundings { timeout: settings.timeout(), meters: Arc::clone(meters) };
+        let handler = handler.map(|handler| deliver::pipeline(handler, &around));
+        Setup { settings: settings.clone(), handler }
+    }
+
+    fn stopped(&self, stop: Stop) -> Stopped {
+        Stopped { at: self.clock.now(), by: stop.by, reason: stop.reason, until: stop.until }
+    }
+
+    async fn end_closed(&self, deadline: tokio::time::Instant) -> StopReport {
+        let pumps = self.pumps();
+        let ends = pumps.iter().map(|pump| pump.end_closed(deadline));
+        let mut total = StopReport::default();
+        for report in futures::future::join_all(ends).await {
+            total += report;
+        }
+        total
+    }
+
+    pub(super) fn pumps(&self) -> Vec<Arc<QueuePump>> {
+        self.lock_pumps().values().cloned().collect()
+    }
+
+    pub(super) fn heard(&self, at: Instant) {
+        self.known().heard = at;
+    }
+
+    pub(super) fn unheard_for(&self) -> Duration {
+        self.known().heard.elapsed()
+    }
+
+    pub(super) fn set_replicas(&self, replicas: Vec<ReplicaName>) {
+        self.known().replicas = replicas;
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn lock_pumps(&self) -> MutexGuard<'_, BTreeMap<QueueName, Arc<QueuePump>>> {
+        self.pumps.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What a queue's pump is to do, if anything.
+fn mode(pump_state: &RunState, queue: &QueueRecord, pump: &QueuePump) -> Option<Mode> {
+    pump.setup().handler.as_ref()?;
+    match (pump_state, &queue.state) {
+        (RunState::Stopped(_), _) => None,
+        (RunState::Running, RunState::Stopped(_)) => Some(Mode::UrgentOnly),
+        (RunState::Running, RunState::Running) => Some(Mode::All),
+    }
+}
+
+/// How often this process shows that it is alive and looks for changes that it was not told of.
+const ATTEND_EVERY: Duration = Duration::from_secs(1);
+/// The same while another replica has still to give up a share.
+const ATTEND_WHILE_WAITING: Duration = Duration::from_millis(100);
+/// How long a goodbye may take.
+const GOODBYE_MAX: Duration = Duration::from_secs(1);

@@ -1,7 +1,276 @@
 //! The engine: leases messages, delivers them, settles them, and lets an operator hold the gate.
 //!
-//! It does not know whether a handler is HTTP or a function, nor which database runs below.
+//! It does not know whether a handler is HTTP or a function, nor which database runs below. This page is
+//! the journey of a message, top to bottom; `house.rs` holds all the queues of one process.
+//!
+//! ```text
+//!   intake ──leased──▶ run ──slot──▶ carry: deliver ▶ judge ▶ settle
+//!     ▲                                │
+//!     └──────────── room ◀── gate ◀────┘
+//! ```
 
+mod embed;
+mod gate;
 mod house;
+mod intake;
+mod keeper;
+mod round;
+mod settler;
+mod shares;
 
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use tokio::sync::mpsc;
+use tower::ServiceExt;
+
+use crate::clock::Clock;
+use crate::deliver::{Delivery, Handler};
+use crate::model::{
+    Answer, DeliveryRecord, ErrorKind, Failure, Leased, Outcome, QueueName, QueueSettings,
+    ReplicaName, Settlement,
+};
+use crate::policy::{self, Decision};
+use crate::store::{Settle, Store};
+use crate::telemetry::metrics::QueueMeters;
+
+use gate::{Gate, Slot};
+use round::{Mode, Round};
+
+pub use embed::Queue;
 pub use house::{Builder, Overview, Pumphouse, QueueOverview, Stop, StopReport};
+
+/// The pump of one queue in one process.
+struct QueuePump {
+    queue: QueueName,
+    replica: ReplicaName,
+    store: Arc<dyn Store>,
+    clock: Arc<dyn Clock>,
+    meters: Arc<QueueMeters>,
+    /// How many deliveries of this queue may be open here.
+    gate: Arc<Gate>,
+    /// How many of all queues.
+    ceiling: Arc<Gate>,
+    setup: RwLock<Arc<Setup>>,
+    rounds: Mutex<Vec<Arc<Round>>>,
+    /// Leased and not yet started.
+    held: AtomicUsize,
+    /// What a delivery usually takes, in microseconds; 0 for not known.
+    usual: AtomicU64,
+}
+
+/// What may change while a queue runs.
+struct Setup {
+    settings: QueueSettings,
+    /// The handler with every step around it; `None` where nobody in this process handles the queue.
+    handler: Option<Handler>,
+}
+
+/// A place behind the queue's gate and one behind the ceiling, given back together.
+struct Slots {
+    _queue: Slot,
+    _ceiling: Slot,
+}
+
+impl QueuePump {
+    /// The loop: what the intake leased is carried as soon as the gate lets it through.
+    ///
+    /// Ends when the round is closed and everything leased is carried or given back.
+    async fn run(self: Arc<Self>, round: Arc<Round>) {
+        let (hand_over, mut leased) = mpsc::channel(policy::LEASE_BATCH_MAX);
+        round.tasks.spawn(Arc::clone(&self).take_in(Arc::clone(&round), hand_over));
+        while let Some(next) = leased.recv().await {
+            let setup = self.setup();
+            let slots = self.enter_in_time(&next, &setup, &round).await;
+            self.held.fetch_sub(1, Ordering::Relaxed);
+            match (slots, &setup.handler) {
+                (Some(slots), Some(_)) if !round.closed.is_cancelled() => {
+                    let carry = Arc::clone(&self).carry(next, slots, setup, Arc::clone(&round));
+                    round.tasks.spawn(carry);
+                }
+                // Not started: stopped meanwhile, or too little of the lease is left to finish.
+                _ => {
+                    round.tasks.spawn(Arc::clone(&self).give_back(next, Arc::clone(&round)));
+                    self.gate.nudge();
+                }
+            }
+        }
+    }
+
+    /// One message, from leased to settled. The whole journey, top to bottom.
+    async fn carry(
+        self: Arc<Self>,
+        leased: Leased,
+        slots: Slots,
+        setup: Arc<Setup>,
+        round: Arc<Round>,
+    ) {
+        let started = (Instant::now(), self.clock.now());
+        self.meters.queue_wait_seconds.record(wait(&leased));
+
+        let outcome = self.deliver(&leased, &setup, &round).await;
+        let was_cut = matches!(&outcome, Err(failure) if failure.kind == ErrorKind::Cancelled);
+        let decision = self.judge(&leased, &setup, &outcome);
+        let record = self.record(&leased, started, &decision.settlement, &outcome);
+        self.learn(started.0.elapsed());
+        // The handler is done with it: the next one may start while this one is being written.
+        drop(slots);
+        round.count_ended(was_cut);
+
+        let settle = Settle {
+            lease: leased.lease,
+            settlement: decision.settlement,
+            delivery: Some(record),
+            sent: Vec::new(),
+        };
+        self.settle(settle, &round).await;
+        if let Some(reason) = decision.stop_queue {
+            self.stop_for(reason).await;
+        }
+    }
+
+    /// Waits for a place behind both gates, as long as enough of the lease is left for the delivery to
+    /// end before it.
+    async fn enter_in_time(&self, next: &Leased, setup: &Setup, round: &Round) -> Option<Slots> {
+        let left = next.lease.left(Instant::now());
+        let patience = left.checked_sub(setup.settings.timeout())?;
+        let entered = tokio::time::timeout(patience, self.enter());
+        round.closed.run_until_cancelled(entered).await?.ok()
+    }
+
+    /// The queue's own gate first, so that a queue that is full waits without holding a place that
+    /// another queue could use.
+    async fn enter(&self) -> Slots {
+        let queue = self.gate.enter().await;
+        let ceiling = self.ceiling.enter().await;
+        Slots { _queue: queue, _ceiling: ceiling }
+    }
+
+    async fn deliver(
+        &self,
+        leased: &Leased,
+        setup: &Setup,
+        round: &Round,
+    ) -> Result<Answer, Failure> {
+        let Some(handler) = setup.handler.clone() else {
+            return Err(Failure::new(ErrorKind::Cancelled, "nobody here handles this queue"));
+        };
+        let delivery = Delivery {
+            message: leased.message.clone(), // shares the payload's bytes
+            attempt: leased.tries.attempts,
+            max_attempts: setup.settings.recovery.max_attempts,
+            replica: self.replica.clone(),
+        };
+        let cut = round.cut.run_until_cancelled(handler.oneshot(delivery)).await;
+        cut.unwrap_or_else(|| Err(Failure::new(ErrorKind::Cancelled, "the pump was stopped")))
+    }
+
+    fn judge(&self, leased: &Leased, setup: &Setup, outcome: &Result<Answer, Failure>) -> Decision {
+        let recovery = &setup.settings.recovery;
+        let age = since(leased.message.head.enqueued_at, self.clock.now());
+        let chance = self.clock.chance();
+        match outcome {
+            Ok(answer) => {
+                policy::after_verdict(recovery, answer.verdict.clone(), leased.tries, age, chance)
+            }
+            Err(failure) => policy::after_failure(recovery, failure, leased.tries, age, chance),
+        }
+    }
+
+    fn record(
+        &self,
+        leased: &Leased,
+        (start, started_at): (Instant, Timestamp),
+        settlement: &Settlement,
+        outcome: &Result<Answer, Failure>,
+    ) -> DeliveryRecord {
+        let (status, answer, failure) = match outcome {
+            Ok(answer) => (answer.status, answer.excerpt.clone(), None),
+            Err(failure) => (failure.status, failure.excerpt.clone(), Some(failure)),
+        };
+        DeliveryRecord {
+            number: leased.tries.attempts,
+            replica: self.replica.clone(),
+            started_at,
+            duration: start.elapsed(),
+            outcome: Outcome::from(settlement),
+            status,
+            error_kind: failure.map(|failure| failure.kind),
+            error: failure.map(|failure| failure.detail.clone()),
+            answer,
+        }
+    }
+
+    /// Remembers what a delivery usually takes: the mean, in which the last eight weigh most.
+    fn learn(&self, took: Duration) {
+        let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
+        let before = self.usual.load(Ordering::Relaxed);
+        let mean = if before == 0 { took } else { before - before / 8 + took / 8 };
+        self.usual.store(mean.max(1), Ordering::Relaxed);
+    }
+
+    fn setup(&self) -> Arc<Setup> {
+        Arc::clone(&self.setup.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    fn rounds(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Round>>> {
+        self.rounds.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// How long a message was due before its lease, by the database's clock.
+fn wait(leased: &Leased) -> Duration {
+    since(leased.due_at, leased.leased_at)
+}
+
+fn since(earlier: Timestamp, later: Timestamp) -> Duration {
+    Duration::try_from(later.duration_since(earlier)).unwrap_or_default()
+}
+
+impl std::fmt::Debug for QueuePump {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("QueuePump").field("queue", &self.queue).finish_non_exhaustive()
+    }
+}
+
+impl QueuePump {
+    /// Brings the running round in line with what is wanted: none, everything, or the urgent only.
+    ///
+    /// A round in another mode is closed; what it has open goes on under the same gate.
+    fn set_mode(self: &Arc<Self>, mode: Option<Mode>) {
+        let mut rounds = self.rounds();
+        rounds.retain(|round| !round.is_over());
+        let running = rounds.iter().find(|round| !round.closed.is_cancelled());
+        if running.map(|round| round.mode) == mode {
+            return;
+        }
+        for round in rounds.iter() {
+            round.close();
+        }
+        self.meters.running.set(if mode == Some(Mode::All) { 1.0 } else { 0.0 });
+        if let Some(mode) = mode {
+            let round = Arc::new(Round::new(mode));
+            round.tasks.spawn(Arc::clone(self).run(Arc::clone(&round)));
+            rounds.push(round);
+        }
+    }
+
+    /// Waits for every closed round to end; see [`Round::end`].
+    async fn end_closed(&self, deadline: tokio::time::Instant) -> StopReport {
+        let closed = self.rounds().iter().filter(|r| r.closed.is_cancelled()).cloned().collect();
+        let mut total = StopReport::default();
+        for round in futures::future::join_all(ends(closed, deadline)).await {
+            total += round;
+        }
+        total
+    }
+}
+
+fn ends(
+    rounds: Vec<Arc<Round>>,
+    deadline: tokio::time::Instant,
+) -> impl Iterator<Item = impl Future<Output = StopReport>> {
+    rounds.into_iter().map(move |round| async move { round.end(deadline).await })
+}

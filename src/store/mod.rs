@@ -412,6 +412,7 @@ pub enum Amendment {
 
 /// What became of a change to a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
+#[expect(clippy::large_enum_variant, reason = "made once for a call of an operator, never in bulk")]
 pub enum Amended {
     /// It was made; this is the message now (or was, where it is deleted).
     Done(Record),

@@ -13,3 +13,4 @@ mod gate;
 mod crash;
 mod snapshots;
 mod tidy;
+mod cli;

@@ -1,102 +1,248 @@
-//! stub
-/// stub
+//! The store for several replicas: one Postgres database, version 10 or newer.
+//!
+//! How a message lives in tables is told in `migrations/postgres/0001_house.sql`; here is how they are
+//! reached. Messages coming in, and settlements, share transactions ([`desk`]); claims are one statement
+//! each; everything else is a transaction of its own ([`transact`]). The database's clock is the only
+//! clock. It keeps no copy of anything that stands in the database.
+//!
+//! If you change the schema: add a file to `migrations/postgres`, never change one that was released.
+
+mod fault;
+mod rows;
+mod transact;
+mod desk;
+mod news;
+mod open;
+mod enqueue;
+mod facts;
+mod lease;
+mod settle;
+mod upkeep;
+mod attend;
+mod listing;
+mod surgery;
+mod queues;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use async_trait::async_trait;
+use bytes::Bytes;
+use tokio_util::sync::CancellationToken;
+
+use crate::model::{
+    DeliveryRecord, Lease, Leased, MessageId, QueueName, QueueRecord, QueueSettings, Record,
+    ReplicaName, RunState,
+};
+
+use super::{
+    Amended, Amendment, Attendance, Attended, Claim, DeleteQueue, Depth, Enqueue, EnqueueOutcome,
+    Filter, Listed, News, Page, Precondition, Promoted, PumpRecord, PutQueue, Reaped, Result,
+    Settle, Settled, Store, Swept,
+};
+use desk::Desk;
+use enqueue::Enqueues;
+use news::Herald;
+use settle::Settles;
+use transact::Hands;
+
+/// A store in a Postgres database, to be shared with other replicas.
 #[derive(Debug)]
-pub struct Postgres;
-use super::*;
+pub struct Postgres {
+    /// For everything that must be on the disk when it returns.
+    hands: Hands,
+    /// For claims, which need not be: see [`lease`].
+    claims: Hands,
+    enqueues: Desk<Enqueues>,
+    settles: Desk<Settles>,
+    herald: Arc<Herald>,
+    /// By which start of a process leases are taken, for each that has reported itself here.
+    incarnations: Mutex<HashMap<ReplicaName, i64>>,
+    stop: CancellationToken,
+}
+
 impl Postgres {
-    /// stub
-    pub async fn open(_url: &str) -> Result<Self> {
-        Ok(Self)
+    /// Opens the database that the URL names, and brings its schema up to date.
+    ///
+    /// **Fails** where it cannot be reached, and where its schema is newer than this program.
+    pub async fn open(url: &str) -> Result<Self> {
+        let options = open::prepare(url).await?;
+        Ok(Self::over(options))
+    }
+
+    /// Brings the schema of the database that the URL names up to date. Twice does no harm.
+    pub async fn migrate(url: &str) -> Result<()> {
+        open::prepare(url).await.map(drop)
+    }
+
+    fn over(options: open::Options) -> Self {
+        let stop = CancellationToken::new();
+        let tasks = tokio_util::task::TaskTracker::new();
+        let herald = Arc::new(Herald::new());
+        let line = transact::Line::new(options.relaxed.clone());
+        tasks.spawn(herald.clone().send(line, stop.clone()));
+        tasks.spawn(herald.clone().listen(options.durable.clone(), stop.clone()));
+        let durable = || options.durable.clone();
+        Self {
+            enqueues: Desk::open(&tasks, durable(), herald.clone(), stop.clone()),
+            settles: Desk::open(&tasks, durable(), herald.clone(), stop.clone()),
+            hands: Hands { pool: open::pool(durable(), 8), tasks: tasks.clone() },
+            claims: Hands { pool: open::pool(options.relaxed, 4), tasks },
+            herald,
+            incarnations: Mutex::default(),
+            stop,
+        }
+    }
+
+    /// By which start of this process leases are taken now; 0 before it has reported itself.
+    fn incarnation(&self, replica: &ReplicaName) -> i64 {
+        let incarnations = self.incarnations.lock().unwrap_or_else(PoisonError::into_inner);
+        incarnations.get(replica).copied().unwrap_or(0)
+    }
+
+    fn remember_incarnation(&self, attendance: &Attendance) {
+        let mut incarnations = self.incarnations.lock().unwrap_or_else(PoisonError::into_inner);
+        incarnations.insert(attendance.replica.clone(), attendance.incarnation);
+    }
+
+    /// Every statement that is ever sent, for a test that looks at their plans.
+    #[doc(hidden)]
+    pub fn statements() -> impl Iterator<Item = &'static str> {
+        let all = [
+            open::STATEMENTS,
+            enqueue::STATEMENTS,
+            facts::STATEMENTS,
+            lease::STATEMENTS,
+            settle::STATEMENTS,
+            upkeep::STATEMENTS,
+            attend::STATEMENTS,
+            listing::STATEMENTS,
+            surgery::STATEMENTS,
+            queues::STATEMENTS,
+            news::STATEMENTS,
+        ];
+        all.into_iter().flatten().copied()
     }
 }
+
 #[async_trait]
 impl Store for Postgres {
-    async fn enqueue(&self, _enqueue: Enqueue) -> Result<EnqueueOutcome> {
-        unimplemented!()
+    async fn enqueue(&self, enqueue: Enqueue) -> Result<EnqueueOutcome> {
+        self.enqueues.ask(enqueue).await
     }
-    async fn lease(&self, _claim: Claim) -> Result<Vec<Leased>> {
-        unimplemented!()
+
+    async fn lease(&self, claim: Claim) -> Result<Vec<Leased>> {
+        lease::lease(self, claim).await
     }
-    async fn settle(&self, _settle: Settle) -> Result<Settled> {
-        unimplemented!()
+
+    async fn settle(&self, settle: Settle) -> Result<Settled> {
+        self.settles.ask(settle).await
     }
-    async fn renew(&self, _leases: Vec<Lease>, _duration: Duration) -> Result<Vec<bool>> {
-        unimplemented!()
+
+    async fn renew(&self, leases: Vec<Lease>, duration: Duration) -> Result<Vec<bool>> {
+        lease::renew(self, leases, duration).await
     }
-    async fn promote(&self, _max: usize) -> Result<Promoted> {
-        unimplemented!()
+
+    async fn promote(&self, max: usize) -> Result<Promoted> {
+        upkeep::promote(self, max).await
     }
-    async fn reap(&self, _max: usize) -> Result<Vec<Reaped>> {
-        unimplemented!()
+
+    async fn reap(&self, max: usize) -> Result<Vec<Reaped>> {
+        upkeep::reap(self, max).await
     }
-    async fn sweep(&self, _max: usize) -> Result<Swept> {
-        unimplemented!()
+
+    async fn sweep(&self, max: usize) -> Result<Swept> {
+        upkeep::sweep(self, max).await
     }
-    async fn attend(&self, _attendance: Attendance) -> Result<Attended> {
-        unimplemented!()
+
+    async fn attend(&self, attendance: Attendance) -> Result<Attended> {
+        attend::attend(self, attendance).await
     }
-    async fn message(&self, _id: MessageId) -> Result<Option<(Record, Vec<DeliveryRecord>)>> {
-        unimplemented!()
+
+    async fn message(&self, id: MessageId) -> Result<Option<(Record, Vec<DeliveryRecord>)>> {
+        listing::message(self, id).await
     }
-    async fn payload(&self, _id: MessageId) -> Result<Option<Bytes>> {
-        unimplemented!()
+
+    async fn payload(&self, id: MessageId) -> Result<Option<Bytes>> {
+        listing::payload(self, id).await
     }
-    async fn messages(&self, _filter: Filter, _page: Page) -> Result<Listed> {
-        unimplemented!()
+
+    async fn messages(&self, filter: Filter, page: Page) -> Result<Listed> {
+        listing::messages(self, filter, page).await
     }
+
     async fn depths(&self) -> Result<Vec<Depth>> {
-        unimplemented!()
+        listing::depths(self).await
     }
-    async fn amend(&self, _id: MessageId, _amendment: Amendment) -> Result<Amended> {
-        unimplemented!()
+
+    async fn amend(&self, id: MessageId, amendment: Amendment) -> Result<Amended> {
+        surgery::amend(self, id, amendment).await
     }
-    async fn redrive(&self, _filter: Filter, _max: usize) -> Result<Vec<MessageId>> {
-        unimplemented!()
+
+    async fn redrive(&self, filter: Filter, max: usize) -> Result<Vec<MessageId>> {
+        surgery::redrive(self, filter, max).await
     }
-    async fn delete_dead(&self, _id: MessageId) -> Result<Amended> {
-        unimplemented!()
+
+    async fn delete_dead(&self, id: MessageId) -> Result<Amended> {
+        surgery::delete_dead(self, id).await
     }
-    async fn purge(&self, _queue: &QueueName, _max: usize) -> Result<u64> {
-        unimplemented!()
+
+    async fn purge(&self, queue: &QueueName, max: usize) -> Result<u64> {
+        surgery::purge(self, queue, max).await
     }
+
     async fn queues(&self) -> Result<Vec<QueueRecord>> {
-        unimplemented!()
+        queues::queues(self).await
     }
-    async fn queue(&self, _name: &QueueName) -> Result<Option<QueueRecord>> {
-        unimplemented!()
+
+    async fn queue(&self, name: &QueueName) -> Result<Option<QueueRecord>> {
+        queues::queue(self, name).await
     }
+
     async fn put_queue(
         &self,
-        _name: &QueueName,
-        _settings: QueueSettings,
-        _precondition: Precondition,
+        name: &QueueName,
+        settings: QueueSettings,
+        precondition: Precondition,
     ) -> Result<PutQueue> {
-        unimplemented!()
+        queues::put_queue(self, name, settings, precondition).await
     }
+
     async fn delete_queue(
         &self,
-        _name: &QueueName,
-        _force: bool,
-        _precondition: Precondition,
+        name: &QueueName,
+        force: bool,
+        precondition: Precondition,
     ) -> Result<DeleteQueue> {
-        unimplemented!()
+        queues::delete_queue(self, name, force, precondition).await
     }
-    async fn set_run_state(&self, _queue: Option<&QueueName>, _state: RunState) -> Result<bool> {
-        unimplemented!()
+
+    async fn set_run_state(&self, queue: Option<&QueueName>, state: RunState) -> Result<bool> {
+        queues::set_run_state(self, queue, state).await
     }
+
     async fn pump(&self) -> Result<PumpRecord> {
-        unimplemented!()
+        queues::pump(self).await
     }
-    async fn set_ceiling(&self, _ceiling: u32) -> Result<()> {
-        unimplemented!()
+
+    async fn set_ceiling(&self, ceiling: u32) -> Result<()> {
+        queues::set_ceiling(self, ceiling).await
     }
+
     async fn check(&self) -> Result<()> {
-        unimplemented!()
+        open::check(self).await
     }
+
     fn news(&self) -> &News {
-        unimplemented!()
+        &self.herald.news
     }
+
     async fn close(&self) {
-        unimplemented!()
+        self.stop.cancel();
+        self.hands.tasks.close();
+        self.hands.tasks.wait().await;
+        self.hands.pool.close().await;
+        self.claims.pool.close().await;
     }
 }

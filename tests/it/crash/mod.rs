@@ -1,1 +1,6 @@
-//! Not written yet.
+//! What does a kill leave behind, what a signal, and what a database that goes away?
+
+mod kills;
+mod signals;
+mod outage;
+mod poison;

@@ -19,6 +19,8 @@ mod crowds;
 mod program;
 mod player;
 mod props;
+mod cluster;
+mod plans_postgres;
 
 /// How long one promise may take; a store that hangs is a store that fails.
 const PROMISE_MAX: std::time::Duration = std::time::Duration::from_secs(120);
@@ -189,7 +191,10 @@ mod memory {
     conformance!(crate::support::stores::memory);
 }
 
-// Each is one line to switch on, with its function in `support/stores.rs`:
-//
-// mod sqlite { conformance!(crate::support::stores::sqlite); }
-// mod postgres { conformance!(crate::support::stores::postgres); }
+mod sqlite {
+    conformance!(crate::support::stores::sqlite);
+}
+
+mod postgres {
+    conformance!(crate::support::stores::postgres);
+}

@@ -18,11 +18,11 @@ fn the_reference_keeps_its_own_rules() {
 }
 
 #[test]
-fn the_reference_agrees_with_itself() {
-    try_programs(32, async |program| {
+fn sqlite_agrees_with_the_reference() {
+    try_programs(64, async |program| {
         let clock = stores::clock();
-        let pair = (stores::memory_by(&clock), stores::memory_by(&clock));
-        play_both(&pair.0, &pair.1, &clock, &program).await;
+        let (reference, other) = (stores::memory_by(&clock), stores::sqlite_by(&clock).await);
+        play_both(&reference, &other, &clock, &program).await;
     });
 }
 

@@ -1,5 +1,17 @@
-//! What tests share: stores to test against, a stage to stand on, and waiting for a state.
+//! What tests share: the running program, its clients, its handlers, and what must hold of them.
+//!
+//! Nothing in here asserts anything about one scenario; the rooms beside it do.
 
+pub(crate) mod postgres;
+pub(crate) mod process;
+pub(crate) mod client;
+pub(crate) mod receiver;
+pub(crate) mod wire;
+pub(crate) mod senders;
+pub(crate) mod ledger;
+pub(crate) mod text;
+pub(crate) mod scene;
+pub(crate) mod chance;
 pub(crate) mod stage;
 pub(crate) mod stores;
 
@@ -7,17 +19,26 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-/// How long anything may take to come true on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// How often it is looked at.
-const GLANCE: Duration = Duration::from_millis(10);
+/// How long a test waits for what must come in the end.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Waits until `is_so` says yes; panics with `what` it waited for where that takes too long.
-pub(crate) async fn eventually(what: &str, mut is_so: impl AsyncFnMut() -> bool) {
+const POLL: Duration = Duration::from_millis(10);
+
+/// Waits until `probe` says yes; says what it waited for if that does not come within [`PATIENCE`].
+pub(crate) async fn eventually(what: &str, probe: impl AsyncFnMut() -> bool) {
+    eventually_within(what, PATIENCE, probe).await;
+}
+
+/// The same with a limit of its own, for promises that name one.
+pub(crate) async fn eventually_within(
+    what: &str,
+    limit: Duration,
+    mut probe: impl AsyncFnMut() -> bool,
+) {
     let start = Instant::now();
-    while !is_so().await {
-        assert!(start.elapsed() < PATIENCE, "waited {PATIENCE:?} in vain until {what}");
-        tokio::time::sleep(GLANCE).await;
+    while !probe().await {
+        assert!(start.elapsed() < limit, "waited {limit:?} in vain for this: {what}");
+        tokio::time::sleep(POLL).await;
     }
 }
 
@@ -26,3 +47,40 @@ pub(crate) async fn heard(news: &mut watch::Receiver<()>) {
     eventually("the news has come", async || news.has_changed().expect("the board is there")).await;
     news.mark_unchanged();
 }
+
+/// Looks for a while whether something that must not happen does.
+pub(crate) async fn never_within<F>(what: &str, span: Duration, mut probe: F)
+where
+    F: FnMut() -> bool,
+{
+    let start = Instant::now();
+    while start.elapsed() < span {
+        assert!(!probe(), "this must not happen: {what}");
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// Lets a span pass, for what happens at a moment that nobody can wait for: a kill, a second try.
+pub(crate) async fn pass(span: Duration) {
+    tokio::time::sleep(span).await;
+}
+
+/// Makes two tests of one `async fn(Database)`: one on SQLite, one on Postgres.
+macro_rules! on_both {
+    ($($name:ident)*) => {
+        $(mod $name {
+            use crate::support::process::Database;
+
+            #[tokio::test]
+            async fn on_sqlite() {
+                super::$name(Database::sqlite()).await;
+            }
+
+            #[tokio::test]
+            async fn on_postgres() {
+                super::$name(Database::postgres().await).await;
+            }
+        })*
+    };
+}
+pub(crate) use on_both;

@@ -47,7 +47,6 @@ impl Stage {
     }
 
     /// A store that goes by a clock of its own, which nobody can move.
-    #[expect(dead_code, reason = "the store of several replicas takes it into use")]
     pub(crate) fn real(store: Arc<dyn Store>) -> Self {
         Self { store, time: Time::Real, _props: None }
     }

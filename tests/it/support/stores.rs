@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use jiff::Timestamp;
 use pumphouse::clock::ManualClock;
-use pumphouse::store::{Memory, Sqlite};
+use pumphouse::store::{Memory, Postgres, Sqlite};
 
 use super::stage::Stage;
 
@@ -19,7 +19,6 @@ pub(crate) fn memory_by(clock: &Arc<ManualClock>) -> Stage {
 }
 
 /// An empty store in a file of its own, with a clock that moves only when the stage says so.
-#[expect(dead_code, reason = "not switched on yet in `store/mod.rs`")]
 pub(crate) async fn sqlite() -> Stage {
     sqlite_by(&clock()).await
 }
@@ -32,13 +31,11 @@ pub(crate) async fn sqlite_by(clock: &Arc<ManualClock>) -> Stage {
     Stage::manual(Arc::new(store), clock.clone()).with(directory)
 }
 
-// Switched on together with its line in `store/mod.rs`:
-//
-// /// An empty database of its own, which goes by the server's clock.
-// pub(crate) async fn postgres() -> Stage {
-//     let url = super::postgres::fresh_database().await;
-//     Stage::real(Arc::new(Postgres::open(&url).await.expect("a new database can be opened")))
-// }
+/// An empty database of its own, which goes by the server's clock.
+pub(crate) async fn postgres() -> Stage {
+    let url = super::postgres::fresh_database().await;
+    Stage::real(Arc::new(Postgres::open(&url).await.expect("a new database can be opened")))
+}
 
 /// A clock that stands at the same moment at the start of every test.
 pub(crate) fn clock() -> Arc<ManualClock> {

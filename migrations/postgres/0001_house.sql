@@ -1,0 +1,270 @@
+-- The whole house in one file, in the schema that the connection's search_path names: pumphouse. Times are
+-- whole microseconds since 1970, UTC. States are the numbers of `model::State`: 0 ready, 1 scheduled,
+-- 2 leased, 3 completed, 4 discarded, 5 dead, 6 expired, 7 cancelled.
+--
+-- A message that can still be delivered has one token: a row in ready, scheduled or lease. Where the
+-- token lies is the message's state, so that a step of its life moves one narrow row.
+--
+-- Runs on PostgreSQL 10 to 17.
+
+-- The database's clock. It moves on within a transaction.
+create function now_micros() returns bigint
+    language sql volatile
+    as $$ select (extract(epoch from clock_timestamp()) * 1000000)::bigint $$;
+
+-- Queues. An id is never used again, so that what a deleted queue left behind finds no new owner. What
+-- stands beside the settings is what statements need of them.
+create table queue (
+    id serial primary key,
+    name text collate "C" not null unique,
+    settings text not null,
+    state text not null,
+    max_messages bigint,
+    max_crashes integer not null,
+    dedup_window bigint not null,
+    retention_completed bigint not null,
+    retention_dead bigint not null
+);
+
+-- Deleted queues of which something is left to be swept.
+create table doomed (
+    queue_id integer primary key
+);
+
+-- What holds for all queues: one row. The revision grows with every change of a queue or of this row.
+create table pump (
+    id integer primary key check (id = 1),
+    state text not null,
+    ceiling integer not null,
+    revision bigint not null,
+    checked_at bigint not null
+);
+
+-- What changes in a message's life, kept narrow. The state is 0 as long as the message can be delivered,
+-- and one of those that end it after that. No index is over what changes, so that a change stays on its
+-- page. The rank is the priority with its sign turned, so that the order of lease is ascending.
+create sequence message_seq;
+
+create table message (
+    seq bigint primary key,
+    id uuid not null,
+    enqueued_at bigint not null,
+    expires_at bigint,
+    due_at bigint not null,
+    finished_at bigint,
+    size bigint not null,
+    queue_id integer not null,
+    attempts integer not null,
+    failures integer not null,
+    crashes integer not null,
+    rank smallint not null,
+    state smallint not null,
+    reason text
+) with (
+    fillfactor = 80,
+    autovacuum_vacuum_scale_factor = 0.05,
+    autovacuum_vacuum_cost_delay = 0
+);
+
+create unique index message_id on message (id);
+-- Lists of one queue, newest first.
+create index message_listed on message (queue_id, seq);
+
+-- What never changes in a message's life: written once, deleted once.
+create table content (
+    seq bigint primary key,
+    deliver_at bigint not null,
+    kind text,
+    correlation_id text,
+    details text not null,
+    body bytea not null
+) with (
+    autovacuum_vacuum_scale_factor = 0.05,
+    autovacuum_vacuum_cost_delay = 0
+);
+
+-- Tokens of what can be leased; the primary key is the order of lease. Rank and due time are those of the
+-- message.
+create table ready (
+    due_at bigint not null,
+    seq bigint not null,
+    expires_at bigint,
+    queue_id integer not null,
+    rank smallint not null,
+    urgent boolean not null,
+    primary key (queue_id, rank, due_at, seq)
+) with (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 5000,
+    autovacuum_vacuum_cost_delay = 0
+);
+
+create index ready_urgent on ready (queue_id, rank, due_at, seq) where urgent;
+create index ready_expiring on ready (expires_at) where expires_at is not null;
+
+-- Tokens of what is due later.
+create table scheduled (
+    due_at bigint not null,
+    seq bigint not null,
+    expires_at bigint,
+    queue_id integer not null,
+    rank smallint not null,
+    primary key (due_at, seq)
+) with (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 5000,
+    autovacuum_vacuum_cost_delay = 0
+);
+
+create index scheduled_queue on scheduled (queue_id, due_at, seq);
+create index scheduled_expiring on scheduled (expires_at) where expires_at is not null;
+
+-- Tokens of what somebody holds. The incarnation is 0 for a holder that has not reported itself.
+create table lease (
+    seq bigint primary key,
+    token bigint not null,
+    incarnation bigint not null,
+    leased_at bigint not null,
+    until bigint not null,
+    queue_id integer not null,
+    attempt integer not null,
+    replica text collate "C" not null
+) with (
+    fillfactor = 80,
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 5000,
+    autovacuum_vacuum_cost_delay = 0
+);
+
+create index lease_until on lease (until);
+create index lease_holder on lease (replica, incarnation);
+
+-- Tokens of dead letters.
+create table dead (
+    seq bigint primary key,
+    finished_at bigint not null,
+    queue_id integer not null
+);
+
+create index dead_listed on dead (queue_id, seq);
+create index dead_since on dead (queue_id, finished_at, seq);
+
+-- Tokens of what has ended otherwise, for its retention.
+create table ended (
+    finished_at bigint not null,
+    seq bigint not null,
+    queue_id integer not null,
+    primary key (queue_id, finished_at, seq)
+);
+
+-- One row for each attempt that ended.
+create table delivery (
+    seq bigint not null,
+    started_at bigint not null,
+    duration bigint not null,
+    number integer not null,
+    status integer,
+    replica text not null,
+    outcome text not null,
+    error_kind text,
+    error text,
+    answer bytea not null,
+    primary key (seq, number)
+) with (
+    autovacuum_vacuum_scale_factor = 0.05,
+    autovacuum_vacuum_cost_delay = 0
+);
+
+-- Idempotency keys with the answer that was given. Those over a whole batch have no message (seq 0).
+-- A key counts until `expires_at`, and longer while its message needs it; `sweep_at` is when to look again.
+create table idempotency (
+    seq bigint not null,
+    enqueued_at bigint not null,
+    deliver_at bigint not null,
+    expires_at bigint not null,
+    sweep_at bigint not null,
+    id uuid not null,
+    queue_id integer not null,
+    key bytea not null,
+    fingerprint bytea not null,
+    primary key (queue_id, key)
+);
+
+create index idempotency_sweep on idempotency (sweep_at);
+
+-- Processes that have reported themselves, and what they may have open.
+create table replica (
+    name text collate "C" primary key,
+    incarnation bigint not null,
+    seen_at bigint not null,
+    good_for bigint not null
+);
+
+create table share (
+    queue_id integer not null,
+    replica text collate "C" not null,
+    slots integer not null,
+    primary key (queue_id, replica)
+);
+
+-- How many messages of a queue are in a state: the sum of all that is noted here. Notes are added by the
+-- triggers below and folded together from time to time, so that no two transactions wait for a counter.
+create table tally (
+    n bigint not null,
+    queue_id integer not null,
+    state smallint not null
+) with (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 2000,
+    autovacuum_vacuum_cost_delay = 0
+);
+
+create function note_arrivals() returns trigger
+    language plpgsql
+    as $$
+    begin
+        insert into pumphouse.tally (queue_id, state, n)
+        select queue_id, tg_argv[0]::smallint, count(*)
+        from arrived
+        group by queue_id;
+        return null;
+    end $$;
+
+create function note_departures() returns trigger
+    language plpgsql
+    as $$
+    begin
+        insert into pumphouse.tally (queue_id, state, n)
+        select queue_id, tg_argv[0]::smallint, -count(*)
+        from departed
+        group by queue_id;
+        return null;
+    end $$;
+
+create trigger arrivals after insert on ready
+    referencing new table as arrived
+    for each statement execute procedure note_arrivals(0);
+create trigger departures after delete on ready
+    referencing old table as departed
+    for each statement execute procedure note_departures(0);
+create trigger arrivals after insert on scheduled
+    referencing new table as arrived
+    for each statement execute procedure note_arrivals(1);
+create trigger departures after delete on scheduled
+    referencing old table as departed
+    for each statement execute procedure note_departures(1);
+create trigger arrivals after insert on lease
+    referencing new table as arrived
+    for each statement execute procedure note_arrivals(2);
+create trigger departures after delete on lease
+    referencing old table as departed
+    for each statement execute procedure note_departures(2);
+create trigger arrivals after insert on dead
+    referencing new table as arrived
+    for each statement execute procedure note_arrivals(5);
+create trigger departures after delete on dead
+    referencing old table as departed
+    for each statement execute procedure note_departures(5);
+
+insert into pump (id, state, ceiling, revision, checked_at)
+values (1, '{"state":"running"}', 1024, 1, 0);

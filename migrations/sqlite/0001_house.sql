@@ -1,0 +1,113 @@
+-- The whole house in one file. Times are whole microseconds since 1970, UTC. States are the numbers of
+-- `model::State`: 0 ready, 1 scheduled, 2 leased, 3 completed, 4 discarded, 5 dead, 6 expired, 7 cancelled.
+
+-- Queues. An id is never used again, so that what a deleted queue left behind finds no new owner.
+create table queue (
+    id integer primary key autoincrement,
+    name text not null unique,
+    settings text not null,
+    state text not null
+) strict;
+
+-- What holds for all queues: one row. The revision grows with every change of a queue or of this row.
+create table pump (
+    id integer primary key check (id = 1),
+    state text not null,
+    ceiling integer not null,
+    revision integer not null,
+    incarnation integer not null
+) strict;
+
+-- What changes in a message's life, kept narrow, because every step of that life writes it again.
+-- The rank is the priority with its sign turned, so that the order of lease is ascending.
+create table message (
+    seq integer primary key,
+    id blob not null,
+    queue_id integer not null,
+    state integer not null,
+    rank integer not null,
+    due_at integer not null,
+    urgent integer not null,
+    attempts integer not null,
+    failures integer not null,
+    crashes integer not null,
+    token integer not null,
+    leased_at integer not null,
+    lease_until integer not null,
+    incarnation integer not null,
+    enqueued_at integer not null,
+    expires_at integer,
+    finished_at integer,
+    size integer not null,
+    replica text,
+    reason text
+) strict;
+
+create unique index message_id on message (id);
+-- The order of lease.
+create index message_ready on message (queue_id, rank, due_at, seq) where state = 0;
+create index message_urgent on message (queue_id, rank, due_at, seq) where urgent = 1;
+-- What comes due next, over all queues; and what is scheduled in one queue, to be purged.
+create index message_due on message (due_at) where state = 1;
+create index message_scheduled on message (queue_id, seq) where state = 1;
+create index message_leased on message (lease_until) where state = 2;
+-- Dead letters, of one queue and of all.
+create index message_dead on message (queue_id, seq) where state = 5;
+create index message_dead_all on message (seq) where state = 5;
+create index message_expiring on message (expires_at) where expires_at is not null and state in (0, 1);
+-- What has ended, by when: for retention.
+create index message_ended on message (queue_id, state, finished_at) where finished_at is not null;
+-- Lists of one queue, newest first.
+create index message_listed on message (queue_id, seq);
+
+-- What never changes in a message's life: written once, deleted once.
+create table content (
+    seq integer primary key,
+    deliver_at integer not null,
+    kind text,
+    correlation_id text,
+    details text not null,
+    body blob not null
+) strict;
+
+create index content_correlation on content (correlation_id, seq) where correlation_id is not null;
+
+-- One row for each attempt that ended.
+create table delivery (
+    seq integer not null,
+    number integer not null,
+    replica text not null,
+    started_at integer not null,
+    duration integer not null,
+    outcome text not null,
+    status integer,
+    error_kind text,
+    error text,
+    answer blob not null,
+    primary key (seq, number)
+) strict, without rowid;
+
+-- Idempotency keys with the answer that was given. Those over a whole batch have no message (seq 0).
+-- A key counts until `expires_at`, and longer while its message needs it; `sweep_at` is when to look again.
+create table idempotency (
+    queue_id integer not null,
+    key blob not null,
+    fingerprint blob not null,
+    seq integer not null,
+    id blob not null,
+    enqueued_at integer not null,
+    deliver_at integer not null,
+    expires_at integer not null,
+    sweep_at integer not null,
+    primary key (queue_id, key)
+) strict, without rowid;
+
+create index idempotency_sweep on idempotency (sweep_at);
+
+-- How many messages of a queue are in a state: changed in the transactions that move them.
+create table tally (
+    queue_id integer not null,
+    state integer not null,
+    n integer not null,
+    primary key (queue_id, state)
+) strict, without rowid;

@@ -1,0 +1,122 @@
+//! Reads bodies: never more than is allowed, and JSON with pointers to what is wrong.
+
+use std::error::Error as StdError;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{FromRequestParts, Request};
+use bytes::Bytes;
+use http::{HeaderMap, header};
+use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::de::DeserializeOwned;
+use serde_path_to_error::Segment;
+
+use crate::model::Invalid;
+
+use super::problem::{self, Problem};
+
+/// A path's variables, with a problem for what cannot be read.
+#[derive(Debug, FromRequestParts)]
+#[from_request(via(axum::extract::Path), rejection(Problem))]
+pub(super) struct Path<T>(pub(super) T);
+
+/// A query, with a problem for what is wrong.
+#[derive(Debug, FromRequestParts)]
+#[from_request(via(axum::extract::Query), rejection(Problem))]
+pub(super) struct Query<T>(pub(super) T);
+
+/// Reads a body of at most `limit` bytes, within a time.
+///
+/// One that is announced larger is refused before a byte of it is read.
+pub(super) async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, Problem> {
+    let too_large =
+        || Problem::new(problem::TOO_LARGE, format!("a request here has at most {limit} bytes"));
+    let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());
+    if announced.and_then(|text| text.parse::<u64>().ok()).is_some_and(|len| len > limit as u64) {
+        return Err(too_large());
+    }
+    let collected = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, limit).collect()).await;
+    match collected {
+        Ok(Ok(body)) => Ok(body.to_bytes()),
+        Ok(Err(error)) if is_over_limit(&*error) => Err(too_large()),
+        Ok(Err(_)) => Err(Problem::new(problem::UNREADABLE, "the body broke off")),
+        Err(_) => Err(Problem::new(problem::UNREADABLE, "the body took too long to arrive")),
+    }
+}
+
+fn is_over_limit(error: &(dyn StdError + 'static)) -> bool {
+    let mut next = Some(error);
+    while let Some(error) = next {
+        if error.is::<LengthLimitError>() {
+            return true;
+        }
+        next = error.source();
+    }
+    false
+}
+
+/// Reads a JSON body of a request to the operators' plane.
+pub(super) async fn read_json<T: DeserializeOwned>(request: Request) -> Result<T, Problem> {
+    let (parts, body) = request.into_parts();
+    let media_type = media_type(&parts.headers);
+    if !media_type.is_empty() && media_type != "application/json" && !media_type.ends_with("+json")
+    {
+        let detail = format!("this takes application/json, not {media_type}");
+        return Err(Problem::new(problem::MEDIA_TYPE, detail));
+    }
+    json(&read(&parts.headers, body, SETTINGS_MAX).await?)
+}
+
+/// The same where no body stands for an empty object.
+pub(super) async fn read_json_or_default<T>(request: Request) -> Result<T, Problem>
+where
+    T: DeserializeOwned + Default,
+{
+    let (parts, body) = request.into_parts();
+    let bytes = read(&parts.headers, body, SETTINGS_MAX).await?;
+    if bytes.is_empty() { Ok(T::default()) } else { json(&bytes) }
+}
+
+/// Parses JSON: 400 where it is none, 422 with a pointer where it is not what was wanted.
+pub(super) fn json<T: DeserializeOwned>(text: &[u8]) -> Result<T, Problem> {
+    let mut parser = serde_json::Deserializer::from_slice(text);
+    let value = serde_path_to_error::deserialize::<_, T>(&mut parser).map_err(|error| {
+        let pointer = pointer(error.path().iter());
+        wrong_json(error.inner(), pointer)
+    })?;
+    parser.end().map_err(|error| wrong_json(&error, String::new()))?;
+    Ok(value)
+}
+
+fn wrong_json(error: &serde_json::Error, pointer: String) -> Problem {
+    if error.is_data() {
+        return Invalid::new(pointer, error.to_string()).into();
+    }
+    Problem::new(problem::UNREADABLE, format!("the body is not JSON: {error}"))
+}
+
+fn pointer<'a>(segments: impl Iterator<Item = &'a Segment>) -> String {
+    let mut pointer = String::new();
+    for segment in segments {
+        match segment {
+            Segment::Seq { index } => pointer.push_str(&format!("/{index}")),
+            Segment::Map { key } => {
+                pointer.push('/');
+                pointer.push_str(&key.replace('~', "~0").replace('/', "~1"));
+            }
+            Segment::Enum { .. } | Segment::Unknown => (),
+        }
+    }
+    pointer
+}
+
+/// The media type of a request, in lower case and without parameters; empty where it has none.
+pub(super) fn media_type(headers: &HeaderMap) -> String {
+    let value = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    value.unwrap_or("").split(';').next().unwrap_or("").trim().to_ascii_lowercase()
+}
+
+/// How long a whole body may take to arrive.
+const BODY_TIMEOUT: Duration = Duration::from_secs(20);
+/// The most bytes in a body that carries settings.
+const SETTINGS_MAX: usize = 256 * 1024;

@@ -1,0 +1,313 @@
+//! From a request to a message: option headers over raw bytes, or a JSON envelope. It stores nothing.
+
+use std::collections::BTreeMap;
+
+use base64::Engine;
+use base64::prelude::BASE64_STANDARD;
+use bytes::Bytes;
+use http::{HeaderMap, HeaderName};
+use jiff::Timestamp;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use sha2::{Digest, Sha256};
+use utoipa::ToSchema;
+
+use crate::model::{
+    DELAY_MAX, Details, IDEMPOTENCY_KEY_MAX, Idempotency, Invalid, NewMessage, PRIORITY_MAX,
+    PRIORITY_MIN, QueueName, TEXT_MAX, When, parse_span,
+};
+
+use super::lasting::Lasting;
+use super::problem::{self, Problem};
+
+/// A message with its options, as JSON.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Envelope {
+    /// Any JSON; its text goes to the handler as it came.
+    #[schema(value_type = Option<Object>)]
+    payload: Option<Box<RawValue>>,
+    /// The payload's bytes, where it is no JSON.
+    payload_base64: Option<String>,
+    /// The payload's media type; `application/json` for a JSON payload.
+    content_type: Option<String>,
+    /// What it is about.
+    r#type: Option<String>,
+    /// Headers to send on to the handler.
+    #[serde(default)]
+    headers: BTreeMap<String, String>,
+    delay: Option<Lasting>,
+    #[schema(value_type = Option<String>, format = DateTime)]
+    deliver_at: Option<Timestamp>,
+    expires_in: Option<Lasting>,
+    #[schema(value_type = Option<String>, format = DateTime)]
+    expires_at: Option<Timestamp>,
+    /// -100 to 100, higher first.
+    priority: Option<i64>,
+    correlation_id: Option<String>,
+    causation_id: Option<String>,
+    idempotency_key: Option<String>,
+    /// Not available in this version.
+    group: Option<String>,
+    /// Not available in this version.
+    fairness_key: Option<String>,
+}
+
+/// A raw body with options in headers.
+pub(super) fn from_headers(
+    queue: &QueueName,
+    headers: &HeaderMap,
+    body: Bytes,
+) -> Result<NewMessage, Problem> {
+    let mut message = NewMessage::new(queue.clone(), body);
+    let mut forwarded = Vec::new();
+    let (mut delay, mut deliver_at, mut expires_in, mut expires_at) = (None, None, None, None);
+    for (name, value) in headers {
+        let is_ours = name.as_str().starts_with("pumphouse-");
+        if name.as_str().starts_with("ce-") {
+            return Err(not_available("CloudEvents"));
+        }
+        if !is_ours && !TRACING.contains(&name.as_str()) {
+            continue;
+        }
+        let text = std::str::from_utf8(value.as_bytes())
+            .map_err(|_| Invalid::new(name.as_str(), "a header's value is UTF-8"))?;
+        let wrong = |wrong: Invalid| Invalid::new(name.as_str(), wrong.detail);
+        match name.as_str() {
+            "pumphouse-type" => message.kind = Some(text.to_owned()),
+            "pumphouse-delay" => delay = Some(parse_span(text).map_err(wrong)?),
+            "pumphouse-deliver-at" => deliver_at = Some(parse_time(text).map_err(wrong)?),
+            "pumphouse-expires-in" => expires_in = Some(parse_span(text).map_err(wrong)?),
+            "pumphouse-expires-at" => expires_at = Some(parse_time(text).map_err(wrong)?),
+            "pumphouse-priority" => {
+                let number = text.trim().parse().ok();
+                message.priority = priority(number.unwrap_or(i64::MAX)).map_err(wrong)?;
+            }
+            "pumphouse-correlation-id" => message.correlation_id = Some(text.to_owned()),
+            "pumphouse-causation-id" => message.details.causation_id = Some(text.to_owned()),
+            "pumphouse-group" => return Err(not_available("an ordering group")),
+            "pumphouse-fairness-key" => return Err(not_available("a fairness key")),
+            "traceparent" => message.details.traceparent = Some(text.to_owned()),
+            "tracestate" => message.details.tracestate = Some(text.to_owned()),
+            "baggage" => message.details.baggage = Some(text.to_owned()),
+            other => match other.strip_prefix("pumphouse-forward-") {
+                Some(forward) => forwarded.push((forward.to_owned(), text.to_owned())),
+                None => {
+                    let detail = "there is no such option; see docs/protocol.md, Sending";
+                    return Err(Invalid::new(name.as_str(), detail).into());
+                }
+            },
+        }
+    }
+    message.deliver = when(delay, deliver_at, "Pumphouse-Delay")?;
+    message.expires = expiry(expires_in, expires_at, "Pumphouse-Expires-In")?;
+    message.details.headers = forwarded;
+    let content_type = headers.get(http::header::CONTENT_TYPE);
+    message.details.content_type = content_type
+        .map(|value| value.to_str().map(ToOwned::to_owned))
+        .transpose()
+        .map_err(|_| Invalid::new("Content-Type", "a media type is ASCII"))?;
+    check(&message)?;
+    Ok(message)
+}
+
+impl Envelope {
+    /// The message and its own idempotency key.
+    pub(super) fn into_message(
+        self,
+        queue: &QueueName,
+    ) -> Result<(NewMessage, Option<String>), Problem> {
+        if self.group.is_some() {
+            return Err(not_available("an ordering group"));
+        }
+        if self.fairness_key.is_some() {
+            return Err(not_available("a fairness key"));
+        }
+        let (body, json) = match (self.payload, self.payload_base64) {
+            (Some(json), None) => (Bytes::from(json.get().to_owned()), true),
+            (None, Some(text)) => {
+                let bytes = BASE64_STANDARD.decode(text);
+                let wrong = |_| Invalid::new("/payload_base64", "this is not base64");
+                (bytes.map_err(wrong)?.into(), false)
+            }
+            (Some(_), Some(_)) | (None, None) => {
+                let detail = "an envelope has either payload or payload_base64";
+                return Err(Invalid::new("/payload", detail).into());
+            }
+        };
+        let mut message = NewMessage::new(queue.clone(), body);
+        message.kind = self.r#type;
+        message.correlation_id = self.correlation_id;
+        message.deliver = when(self.delay.map(|lasting| lasting.0), self.deliver_at, "/delay")?;
+        message.expires =
+            expiry(self.expires_in.map(|lasting| lasting.0), self.expires_at, "/expires_in")?;
+        message.priority = priority(self.priority.unwrap_or(0))
+            .map_err(|wrong| Invalid::new("/priority", wrong.detail))?;
+        message.details = Details {
+            content_type: self.content_type.or_else(|| json.then(|| "application/json".to_owned())),
+            headers: self.headers.into_iter().map(|(n, v)| (n.to_ascii_lowercase(), v)).collect(),
+            causation_id: self.causation_id,
+            ..Details::default()
+        };
+        if let Some(key) = &self.idempotency_key {
+            check_key(key).map_err(|detail| Invalid::new("/idempotency_key", detail))?;
+        }
+        check(&message)?;
+        Ok((message, self.idempotency_key))
+    }
+}
+
+/// The value of the header `Idempotency-Key`, quoted as the IETF draft has it, or bare.
+pub(super) fn key_of(headers: &HeaderMap) -> Result<Option<String>, Problem> {
+    let Some(value) = headers.get("idempotency-key") else { return Ok(None) };
+    let wrong = |detail: &str| Problem::from(Invalid::new("Idempotency-Key", detail));
+    if headers.get_all("idempotency-key").iter().count() > 1 {
+        return Err(wrong("one key at most"));
+    }
+    let text = value.to_str().map_err(|_| wrong("a key is visible ASCII"))?.trim();
+    let bare = text.strip_prefix('"').and_then(|text| text.strip_suffix('"')).unwrap_or(text);
+    check_key(bare).map_err(wrong)?;
+    Ok(Some(bare.to_owned()))
+}
+
+fn check_key(key: &str) -> Result<(), &'static str> {
+    let plain = key.bytes().all(|byte| matches!(byte, b' '..=b'~'));
+    let good = plain && !key.is_empty() && key.len() <= IDEMPOTENCY_KEY_MAX;
+    if good { Ok(()) } else { Err("a key is 1 to 255 visible ASCII characters") }
+}
+
+/// What makes a single request the same: content type, options and body.
+pub(super) fn fingerprint(headers: &HeaderMap, body: &[u8]) -> [u8; 32] {
+    let mut options = headers
+        .iter()
+        .filter(|(name, _)| name.as_str().starts_with("pumphouse-") || *name == "content-type")
+        .map(|(name, value)| (name.as_str(), value.as_bytes()))
+        .collect::<Vec<_>>();
+    options.sort_unstable();
+    let mut hash = Sha256::new();
+    for (name, value) in options {
+        for part in [name.as_bytes(), value] {
+            hash.update((part.len() as u64).to_be_bytes());
+            hash.update(part);
+        }
+    }
+    hash.update(body);
+    hash.finalize().into()
+}
+
+/// The key of one message, in the scope of single messages.
+pub(super) fn own_key(key: &str, fingerprint: [u8; 32]) -> Idempotency {
+    Idempotency::new("message", key, fingerprint)
+}
+
+fn when(
+    delay: Option<std::time::Duration>,
+    at: Option<Timestamp>,
+    pointer: &str,
+) -> Result<When, Invalid> {
+    match (delay, at) {
+        (None, None) => Ok(When::Now),
+        (Some(delay), None) if delay <= DELAY_MAX => Ok(When::In(delay)),
+        (Some(_), None) => Err(Invalid::new(pointer, "a delay is at most 366d")),
+        (None, Some(at)) => Ok(When::At(at)),
+        (Some(_), Some(_)) => Err(Invalid::new(pointer, "a delay and a time exclude each other")),
+    }
+}
+
+fn expiry(
+    within: Option<std::time::Duration>,
+    at: Option<Timestamp>,
+    pointer: &str,
+) -> Result<Option<When>, Invalid> {
+    if within.is_none() && at.is_none() {
+        return Ok(None);
+    }
+    when(within, at, pointer).map(Some)
+}
+
+fn priority(number: i64) -> Result<i8, Invalid> {
+    let good = i8::try_from(number).ok().filter(|p| (PRIORITY_MIN..=PRIORITY_MAX).contains(p));
+    good.ok_or_else(|| Invalid::new("", "a priority is a whole number from -100 to 100"))
+}
+
+fn parse_time(text: &str) -> Result<Timestamp, Invalid> {
+    let wrong = |_| Invalid::new("", "a time is RFC 3339 in UTC, like 2026-01-31T12:00:00Z");
+    text.trim().parse().map_err(wrong)
+}
+
+/// What holds for a message however it came.
+fn check(message: &NewMessage) -> Result<(), Problem> {
+    let details = &message.details;
+    let mut wrong = Vec::new();
+    for (pointer, text) in [
+        ("/type", &message.kind),
+        ("/correlation_id", &message.correlation_id),
+        ("/causation_id", &details.causation_id),
+        ("/content_type", &details.content_type),
+    ] {
+        let good = |text: &String| {
+            !text.is_empty() && text.len() <= TEXT_MAX && !text.chars().any(char::is_control)
+        };
+        if text.as_ref().is_some_and(|text| !good(text)) {
+            let detail = "1 to 255 bytes without control characters";
+            wrong.push(Invalid::new(pointer, detail));
+        }
+    }
+    let mut size = 0;
+    for (name, value) in &details.headers {
+        size += name.len() + value.len();
+        if let Err(detail) = check_forwarded(name, value) {
+            wrong.push(Invalid::new(format!("/headers/{name}"), detail));
+        }
+    }
+    if details.headers.len() > FORWARDED_MAX || size > FORWARDED_BYTES_MAX {
+        wrong.push(Invalid::new("/headers", "at most 32 headers of 16 KiB together"));
+    }
+    if wrong.is_empty() { Ok(()) } else { Err(Problem::invalid(wrong)) }
+}
+
+/// Whether a header may be sent on to a handler.
+pub(super) fn check_forwarded(name: &str, value: &str) -> Result<(), &'static str> {
+    let lower = name.to_ascii_lowercase();
+    if HeaderName::try_from(&lower).is_err() {
+        return Err("this is no header name");
+    }
+    let reserved = RESERVED.contains(&lower.as_str())
+        || RESERVED_PREFIXES.iter().any(|prefix| lower.starts_with(prefix));
+    if reserved {
+        return Err(
+            "this header is reserved: connection headers, Host, Content-*, webhook-*, ce-*, Pumphouse-*, trace headers",
+        );
+    }
+    if value.chars().any(|c| c.is_control() && c != '\t') {
+        return Err("a header's value has no control characters");
+    }
+    Ok(())
+}
+
+/// A problem with what a later version will have.
+pub(super) fn not_available(what: &str) -> Problem {
+    let detail = format!("{what} is not available in this version");
+    Problem::new(problem::NOT_AVAILABLE, detail)
+}
+
+const TRACING: [&str; 3] = ["traceparent", "tracestate", "baggage"];
+const RESERVED: [&str; 14] = [
+    "connection",
+    "keep-alive",
+    "proxy-authenticate",
+    "proxy-authorization",
+    "proxy-connection",
+    "te",
+    "trailer",
+    "transfer-encoding",
+    "upgrade",
+    "host",
+    "expect",
+    "traceparent",
+    "tracestate",
+    "baggage",
+];
+const RESERVED_PREFIXES: [&str; 4] = ["content-", "webhook-", "ce-", "pumphouse-"];
+const FORWARDED_MAX: usize = 32;
+const FORWARDED_BYTES_MAX: usize = 16 * 1024;

@@ -1,0 +1,99 @@
+//! Writes what became of a message, and tries again until its lease ends.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::model::{Leased, Outcome, RunState, Settlement, Stopped};
+use crate::store::{Settle, Settled};
+
+use super::QueuePump;
+use super::round::{Round, SETTLE_GRACE};
+
+impl QueuePump {
+    /// Settles, and counts what was written. Gives up when the lease is over, because then the message
+    /// comes back anyway, or shortly after the round was cut.
+    pub(super) async fn settle(&self, settle: Settle, round: &Round) {
+        let until = settle.lease.until;
+        let grace = async {
+            round.cut.cancelled().await;
+            tokio::time::sleep(SETTLE_GRACE).await;
+        };
+        tokio::select! {
+            biased;
+            () = self.settle_until(settle, until) => (),
+            () = grace => {
+                tracing::warn!(queue = %self.queue, "not settled before the stop; the message comes back");
+            }
+        }
+    }
+
+    async fn settle_until(&self, settle: Settle, until: Instant) {
+        let mut pause = PAUSE_MIN;
+        loop {
+            let message = settle.lease.id;
+            match self.store.settle(settle.clone()).await {
+                Ok(Settled::Done { age }) => return self.count(&settle, age),
+                Ok(Settled::LeaseLost) => {
+                    self.meters.leases_lost.increment(1);
+                    tracing::info!(queue = %self.queue, %message, "lease lost; the message comes back");
+                    return;
+                }
+                Err(error) if error.is_transient() && Instant::now() + pause < until => {
+                    tracing::warn!(queue = %self.queue, %message, error = &error as &dyn std::error::Error, "cannot settle; trying again");
+                    tokio::time::sleep(pause).await;
+                    pause = (pause * 2).min(PAUSE_MAX);
+                }
+                Err(error) => {
+                    tracing::error!(queue = %self.queue, %message, error = &error as &dyn std::error::Error, "not settled; the message comes back");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn count(&self, settle: &Settle, age: Duration) {
+        let outcome = Outcome::from(&settle.settlement);
+        if settle.delivery.is_some() {
+            self.meters.deliveries(outcome).increment(1);
+        }
+        match &settle.settlement {
+            Settlement::Ack => {
+                self.meters.completed.increment(1);
+                self.meters.critical_seconds.record(age);
+            }
+            Settlement::DeadLetter { .. } => {
+                self.meters.dead.increment(1);
+                tracing::warn!(queue = %self.queue, message = %settle.lease.id, "dead letter");
+            }
+            Settlement::Retry { .. } | Settlement::Discard { .. } | Settlement::Release => (),
+        }
+    }
+
+    /// Gives back a message whose delivery never started.
+    pub(super) async fn give_back(self: Arc<Self>, leased: Leased, round: Arc<Round>) {
+        round.count_released();
+        let settlement = Settlement::Release;
+        let settle = Settle { lease: leased.lease, settlement, delivery: None, sent: Vec::new() };
+        self.settle(settle, &round).await;
+    }
+
+    /// Stops this queue on every replica, because its handler asked for it. The house hears of it from
+    /// the news of settings and closes the round.
+    pub(super) async fn stop_for(&self, reason: String) {
+        tracing::warn!(queue = %self.queue, %reason, "queue stopped");
+        let stopped = Stopped {
+            at: self.clock.now(),
+            by: "handler".to_owned(),
+            reason: Some(reason),
+            until: None,
+        };
+        let state = RunState::Stopped(stopped);
+        if let Err(error) = self.store.set_run_state(Some(&self.queue), state).await {
+            // The next message of the queue meets the same answer and stops it then.
+            tracing::error!(queue = %self.queue, error = &error as &dyn std::error::Error, "cannot stop the queue");
+        }
+    }
+}
+
+const PAUSE_MIN: Duration = Duration::from_millis(50);
+const PAUSE_MAX: Duration = Duration::from_secs(2);

@@ -1,0 +1,235 @@
+//! Replicas: who is alive, who may have how many deliveries open, and whose leases have no owner.
+//!
+//! Shares are written by one replica at a time, under one lock. Each writes what it will have open at
+//! most, and takes no more than what the others have left; so the sum of what is written never exceeds
+//! a limit, but for deliveries that were open before the limit became smaller.
+
+use std::collections::HashMap;
+
+use sqlx::{PgConnection, Row, query, query_scalar};
+
+use crate::model::ReplicaName;
+
+use super::super::{Attendance, Attended, Reaped, Result, Want};
+use super::Postgres;
+use super::fault::{Trouble, unreadable};
+use super::rows;
+use super::upkeep::{take_back, taken_back, word};
+
+/// The advisory lock under which shares are written.
+const LOCK: i64 = 0x7075_6d70_7368_6172;
+/// How many leases are taken back with one statement.
+const TAKEN_BACK_MAX: i64 = 1000;
+
+const ENTER: &str = "\
+select pg_advisory_xact_lock($1)";
+
+// Lives on: the primary key of replica.
+const REPORT: &str = "\
+insert into replica (name, incarnation, seen_at, good_for)
+values ($1, $2, now_micros(), $3)
+on conflict (name) do update
+set incarnation = excluded.incarnation, seen_at = excluded.seen_at, good_for = excluded.good_for";
+
+// Lives on: the primary key of replica. One that was started again under the same name stays.
+const LEAVE: &str = "\
+delete from replica
+where name = $1
+    and incarnation = $2";
+
+// Lives on: replica, read whole; there are few.
+const FORGET_DEAD: &str = "\
+delete from replica
+where seen_at + good_for <= now_micros()";
+
+// Lives on: the primary key of replica.
+const ALIVE: &str = "\
+select name
+from replica
+order by name";
+
+// Lives on: share, read whole; there are few.
+const GIVE_UP_SHARES: &str = "\
+delete from share
+where not exists (select 1 from replica where replica.name = share.replica)
+    or (share.replica = $1 and not share.queue_id = any(array(select id from queue where name = any($2))))";
+
+// Lives on: queue_name_key and the primary key of share.
+const TAKEN: &str = "\
+select queue.id, queue.name, coalesce(sum(share.slots) filter (where share.replica <> $1), 0)::bigint as others
+from queue
+left join share on share.queue_id = queue.id
+where queue.name = any($2)
+group by queue.id, queue.name";
+
+// Lives on: the primary key of share.
+const TAKE: &str = "\
+insert into share (queue_id, replica, slots)
+select queue_id, $1, slots
+from unnest($2::integer[], $3::integer[]) as mine (queue_id, slots)
+on conflict (queue_id, replica) do update
+set slots = excluded.slots
+where share.slots <> excluded.slots";
+
+// Lives on: the primary key of pump.
+const REVISION: &str = "\
+select revision
+from pump
+where id = 1";
+
+// Lives on: lease_holder, one step for each holder; the primary key of replica; see `take_back`.
+// A holder that has never reported itself (incarnation 0) is known to nobody and judged by time alone.
+const TAKE_BACK: &str = take_back!(
+    "recursive holder (replica, incarnation) as (
+    (
+        select lease.replica, lease.incarnation
+        from lease
+        order by lease.replica, lease.incarnation
+        limit 1
+    )
+    union all
+    select next.replica, next.incarnation
+    from holder
+    cross join lateral (
+        select lease.replica, lease.incarnation
+        from lease
+        where (lease.replica, lease.incarnation) > (holder.replica, holder.incarnation)
+        order by lease.replica, lease.incarnation
+        limit 1
+    ) as next
+),
+",
+    "
+        select found.tid
+        from holder
+        cross join lateral (
+            select lease.ctid as tid
+            from lease
+            where lease.replica = holder.replica
+                and lease.incarnation = holder.incarnation
+            limit $1
+            for update skip locked
+        ) as found
+        where holder.incarnation <> 0
+            and not exists (
+                select 1
+                from replica
+                where replica.name = holder.replica
+                    and replica.incarnation = holder.incarnation
+                    and replica.seen_at + replica.good_for > (select now from clock)
+            )
+        limit $1
+    "
+);
+
+/// The statements of this file.
+pub(super) const STATEMENTS: &[&str] =
+    &[ENTER, REPORT, LEAVE, FORGET_DEAD, ALIVE, GIVE_UP_SHARES, TAKEN, TAKE, REVISION, TAKE_BACK];
+
+pub(super) async fn attend(house: &Postgres, attendance: Attendance) -> Result<Attended> {
+    // Before it is written, so that no lease is taken in the name of an earlier start of this process.
+    house.remember_incarnation(&attendance);
+    let leaving = attendance.leaving;
+    let mut attended = house
+        .hands
+        .transact(move |connection| {
+            let attendance = attendance.clone();
+            Box::pin(async move { report(connection, &attendance).await })
+        })
+        .await?;
+    if !leaving {
+        attended.reaped = take_back_all(house).await?;
+    }
+    Ok(attended)
+}
+
+async fn report(
+    connection: &mut PgConnection,
+    attendance: &Attendance,
+) -> Result<Attended, Trouble> {
+    let name = attendance.replica.as_str();
+    query(ENTER).bind(LOCK).execute(&mut *connection).await?;
+    if attendance.leaving {
+        let leave = query(LEAVE).bind(name).bind(attendance.incarnation);
+        leave.execute(&mut *connection).await?;
+    } else {
+        let report = query(REPORT).bind(name).bind(attendance.incarnation);
+        report.bind(rows::span(attendance.good_for)).execute(&mut *connection).await?;
+    }
+    query(FORGET_DEAD).execute(&mut *connection).await?;
+    let replicas = alive(connection).await?;
+    let shares = shares(connection, attendance, &replicas).await?;
+    let revision = query_scalar(REVISION).fetch_one(connection).await?;
+    Ok(Attended { shares, reaped: Vec::new(), replicas, revision })
+}
+
+async fn alive(connection: &mut PgConnection) -> sqlx::Result<Vec<ReplicaName>> {
+    let names = query_scalar::<_, String>(ALIVE).fetch_all(connection).await?;
+    let parse = |name: String| {
+        ReplicaName::parse(&name).map_err(|_| unreadable("a replica's name is no name"))
+    };
+    names.into_iter().map(parse).collect()
+}
+
+async fn shares(
+    connection: &mut PgConnection,
+    attendance: &Attendance,
+    replicas: &[ReplicaName],
+) -> sqlx::Result<Vec<u32>> {
+    let name = attendance.replica.as_str();
+    let shared = attendance.wants.iter().filter(|want| want.shared && !attendance.leaving);
+    let queues = shared.map(|want| want.queue.as_str()).collect::<Vec<_>>();
+    query(GIVE_UP_SHARES).bind(name).bind(&queues).execute(&mut *connection).await?;
+    let mut taken = HashMap::new();
+    for row in query(TAKEN).bind(name).bind(&queues).fetch_all(&mut *connection).await? {
+        let queue = rows::queue_name(row.try_get("name")?)?;
+        taken.insert(queue, (row.try_get::<i32, _>("id")?, row.try_get::<i64, _>("others")?));
+    }
+    let (mut shares, mut ids, mut slots) = (Vec::new(), Vec::new(), Vec::new());
+    for want in &attendance.wants {
+        let target = target(want, attendance, replicas);
+        let Some((id, others)) = taken.get(&want.queue).filter(|_| want.shared) else {
+            shares.push(target);
+            continue;
+        };
+        let left = u32::try_from(i64::from(want.limit) - others).unwrap_or(0);
+        let share = target.min(left);
+        shares.push(share);
+        ids.push(*id);
+        slots.push(i32::try_from(share.max(want.open)).unwrap_or(i32::MAX));
+    }
+    query(TAKE).bind(name).bind(ids).bind(slots).execute(connection).await?;
+    Ok(shares)
+}
+
+/// How many deliveries would be fair: an equal part, and one of the rest for those that come first by name.
+fn target(want: &Want, attendance: &Attendance, replicas: &[ReplicaName]) -> u32 {
+    let rank = replicas.iter().position(|replica| *replica == attendance.replica);
+    let Some(rank) = rank.filter(|_| !attendance.leaving) else { return 0 };
+    if !want.shared {
+        return want.limit;
+    }
+    let (rank, count) = (rank as u32, replicas.len() as u32);
+    want.limit / count + u32::from(rank < want.limit % count)
+}
+
+async fn take_back_all(house: &Postgres) -> Result<Vec<Reaped>> {
+    let mut all = Vec::new();
+    loop {
+        let reaped = house
+            .hands
+            .run(|connection| {
+                Box::pin(async move {
+                    let rows = query(TAKE_BACK).bind(TAKEN_BACK_MAX).fetch_all(connection).await?;
+                    Ok(taken_back(&rows)?)
+                })
+            })
+            .await?;
+        house.herald.tell(word(&reaped));
+        let last = (reaped.len() as i64) < TAKEN_BACK_MAX;
+        all.extend(reaped);
+        if last {
+            return Ok(all);
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! Where calls gather that share a transaction: group commit.
+//!
+//! A desk has one connection and one task. While it commits, calls wait; then it takes all that wait,
+//! so that a commit costs the same for one call as for hundreds. It adds no delay of its own. Where a
+//! batch fails, each of its calls is done alone, so that only the one that is to blame fails.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Instant;
+
+use futures::future::BoxFuture;
+use sqlx::PgConnection;
+use sqlx::postgres::PgConnectOptions;
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::telemetry::metrics;
+
+use super::super::{Error, Result};
+use super::fault::{Trouble, fault};
+use super::news::{Herald, Word};
+use super::transact::{Line, answered, pause};
+
+/// How many calls may wait for a batch before their callers wait for a place.
+const CALLS_WAITING_MAX: usize = 4096;
+/// How many calls go into one batch.
+const CALLS_MAX: usize = 1000;
+/// How many bytes go into one batch, more or less.
+const WEIGHT_MAX: usize = 4 << 20;
+/// How often a batch is tried that others were in the way of.
+const TRIES: u32 = 4;
+
+/// A kind of call, and how many of them are done in one transaction.
+pub(super) trait Batch: Send + Sync + 'static {
+    /// What is asked.
+    type Call: Send + Sync + 'static;
+    /// What is answered.
+    type Answer: Send + 'static;
+    /// The kind's name, as the metrics say it.
+    const NAME: &'static str;
+
+    /// About how many bytes a call brings along.
+    fn weight(call: &Self::Call) -> usize;
+
+    /// Does all calls in one transaction, or fails and has done none; answers them in order.
+    fn commit<'c>(
+        connection: &'c mut PgConnection,
+        calls: &'c [&'c Self::Call],
+    ) -> BoxFuture<'c, Result<(Vec<Self::Answer>, Word), Trouble>>;
+}
+
+/// Where calls of one kind are handed in.
+pub(super) struct Desk<B: Batch> {
+    calls: mpsc::Sender<Waiting<B>>,
+}
+
+struct Waiting<B: Batch> {
+    call: B::Call,
+    reply: oneshot::Sender<Result<B::Answer>>,
+}
+
+impl<B: Batch> fmt::Debug for Desk<B> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Desk").field("kind", &B::NAME).finish()
+    }
+}
+
+impl<B: Batch> Desk<B> {
+    /// Opens a desk. Once told to stop, it takes no more calls and does those that wait.
+    pub(super) fn open(
+        tasks: &TaskTracker,
+        options: PgConnectOptions,
+        herald: Arc<Herald>,
+        stop: CancellationToken,
+    ) -> Self {
+        let (calls, waiting) = mpsc::channel(CALLS_WAITING_MAX);
+        let clerk = Clerk { waiting, line: Line::new(options), herald, stop };
+        tasks.spawn(clerk.serve());
+        Self { calls }
+    }
+
+    /// Has a call done, together with others. It is done even if nobody waits for the answer.
+    pub(super) async fn ask(&self, call: B::Call) -> Result<B::Answer> {
+        let (reply, answer) = oneshot::channel();
+        let closed = || Error::Unavailable("the store is closed".into());
+        self.calls.send(Waiting { call, reply }).await.map_err(|_| closed())?;
+        answer.await.map_err(|_| closed())?
+    }
+}
+
+/// Who sits at the desk.
+struct Clerk<B: Batch> {
+    waiting: mpsc::Receiver<Waiting<B>>,
+    line: Line,
+    herald: Arc<Herald>,
+    stop: CancellationToken,
+}
+
+impl<B: Batch> Clerk<B> {
+    async fn serve(mut self) {
+        while let Some(first) = self.next().await {
+            let batch = self.gather(first);
+            self.settle(batch).await;
+        }
+        self.line.close().await;
+    }
+
+    async fn next(&mut self) -> Option<Waiting<B>> {
+        if let Some(next) = self.stop.run_until_cancelled(self.waiting.recv()).await {
+            return next;
+        }
+        self.waiting.close();
+        self.waiting.recv().await
+    }
+
+    /// Takes what waits, up to what one transaction should carry.
+    fn gather(&mut self, first: Waiting<B>) -> Vec<Waiting<B>> {
+        let mut weight = B::weight(&first.call);
+        let mut batch = vec![first];
+        while weight < WEIGHT_MAX && batch.len() < CALLS_MAX {
+            let Ok(next) = self.waiting.try_recv() else { break };
+            weight += B::weight(&next.call);
+            batch.push(next);
+        }
+        batch
+    }
+
+    async fn settle(&mut self, batch: Vec<Waiting<B>>) {
+        let calls = batch.iter().map(|waiting| &waiting.call).collect::<Vec<_>>();
+        match self.commit(&calls).await {
+            Ok(answers) => {
+                for (waiting, answer) in batch.into_iter().zip(answers) {
+                    waiting.answer(Ok(answer));
+                }
+            }
+            Err(trouble) => self.find_the_culprit(batch, trouble).await,
+        }
+    }
+
+    /// Answers a batch that has failed: with its trouble where no single call is to blame, and otherwise
+    /// each with its own.
+    async fn find_the_culprit(&mut self, batch: Vec<Waiting<B>>, trouble: Trouble) {
+        if let Some(error) = trouble.is_for_all() {
+            batch.into_iter().for_each(|waiting| waiting.answer(Err(fault(error))));
+            return;
+        }
+        let alone = batch.len() == 1;
+        let mut known = alone.then_some(trouble);
+        for waiting in batch {
+            let done = match known.take() {
+                Some(trouble) => Err(trouble),
+                None => self.commit(&[&waiting.call]).await,
+            };
+            let answer = done.map(|mut answers| answers.pop().expect("each call is answered"));
+            waiting.answer(answer.map_err(Error::from));
+        }
+    }
+
+    async fn commit(&mut self, calls: &[&B::Call]) -> Result<Vec<B::Answer>, Trouble> {
+        let started = Instant::now();
+        let mut tries = 1;
+        let (answers, word) = loop {
+            match self.attempt(calls).await {
+                Err(trouble) if tries < TRIES && trouble.is_worth_another_try() => {
+                    pause(tries).await;
+                    tries += 1;
+                }
+                done => break done?,
+            }
+        };
+        self.herald.tell(word);
+        metrics::commit_seconds(B::NAME).record(started.elapsed());
+        metrics::batch_size(B::NAME).record(calls.len() as f64);
+        Ok(answers)
+    }
+
+    async fn attempt(&mut self, calls: &[&B::Call]) -> Result<(Vec<B::Answer>, Word), Trouble> {
+        let connection = self.line.connection().await?;
+        let done = answered(B::commit(connection, calls)).await;
+        if done.as_ref().is_err_and(|trouble| trouble.is_for_all().is_some()) {
+            self.line.hang_up();
+        }
+        done
+    }
+}
+
+impl<B: Batch> Waiting<B> {
+    fn answer(self, answer: Result<B::Answer>) {
+        // A caller who has gone away needs no answer; the call was done all the same.
+        let _ = self.reply.send(answer);
+    }
+}

@@ -1,0 +1,288 @@
+//! Taking messages in, each once.
+//!
+//! A transaction reads what there is to know for all its messages ([`Facts`]), plans in memory what to
+//! write ([`Plan`]), and writes it with few statements. So a refusal undoes a part of the plan, and
+//! never a row; keys are the exception.
+
+use futures::future::BoxFuture;
+use sqlx::{Connection, PgConnection, query};
+
+use crate::model::{Idempotency, NewMessage, QueueName};
+
+use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal};
+use super::desk::Batch;
+use super::facts::{Care, Facts, Key, KeyName, Known};
+use super::fault::Trouble;
+use super::news::Word;
+use super::rows;
+
+/// Calls to [`Store::enqueue`](super::super::Store::enqueue), many in one transaction.
+pub(super) struct Enqueues;
+
+impl Batch for Enqueues {
+    type Call = Enqueue;
+    type Answer = EnqueueOutcome;
+    const NAME: &'static str = "enqueue";
+
+    fn weight(call: &Enqueue) -> usize {
+        call.messages.iter().map(|message| message.body.len() + ROW_WEIGHT).sum()
+    }
+
+    fn commit<'c>(
+        connection: &'c mut PgConnection,
+        calls: &'c [&'c Enqueue],
+    ) -> BoxFuture<'c, Result<(Vec<EnqueueOutcome>, Word), Trouble>> {
+        Box::pin(async move {
+            match enqueue(connection, calls, Care::Usual).await {
+                // Rare enough that looking for it beforehand is not worth a statement.
+                Err(trouble) if trouble.is_known_name() => {
+                    enqueue(connection, calls, Care::Names).await
+                }
+                done => done,
+            }
+        })
+    }
+}
+
+/// What a message weighs besides its body.
+const ROW_WEIGHT: usize = 500;
+
+async fn enqueue(
+    connection: &mut PgConnection,
+    calls: &[&Enqueue],
+    care: Care,
+) -> Result<(Vec<EnqueueOutcome>, Word), Trouble> {
+    let mut transaction = connection.begin().await?;
+    let messages = calls.iter().flat_map(|call| &call.messages).collect::<Vec<_>>();
+    let batches = calls.iter().filter_map(|call| call.batch.zip(call.messages.first()));
+    let batches = batches.map(|(key, first)| (&first.queue, key)).collect::<Vec<_>>();
+    let facts = Facts::find(&mut transaction, &messages, &batches, care).await?;
+    let mut plan = Plan::new(facts);
+    let mut places = 0..;
+    let outcomes = calls.iter().map(|call| plan_call(&mut plan, call, &mut places)).collect();
+    let word = plan.write(&mut transaction).await?;
+    transaction.commit().await?;
+    Ok((outcomes, word))
+}
+
+fn plan_call<'a>(
+    plan: &mut Plan<'a>,
+    call: &'a Enqueue,
+    places: &mut impl Iterator<Item = usize>,
+) -> EnqueueOutcome {
+    let places = call.messages.iter().map(|_| places.next().expect("there is no last number"));
+    let places = places.collect::<Vec<_>>();
+    let batch = call.batch.zip(call.messages.first().map(|first| &first.queue));
+    if let Some((key, queue)) = &batch
+        && plan.known(queue, key).is_some_and(|known| !known.is_for(key))
+    {
+        return EnqueueOutcome::BatchKeyReused;
+    }
+    let mark = plan.mark();
+    let answers = call.messages.iter().zip(places).map(|(message, at)| plan.take_in(message, at));
+    let answers = answers.collect::<Vec<_>>();
+    let refusals = refusals(&answers);
+    if call.atomic && !refusals.is_empty() {
+        plan.undo(mark);
+        return EnqueueOutcome::Refused(refusals);
+    }
+    if let Some((key, queue)) = batch
+        && answers.iter().any(|answer| matches!(answer, Enqueued::New(_)))
+    {
+        plan.remember_batch(queue, key);
+    }
+    EnqueueOutcome::Done(answers)
+}
+
+fn refusals(answers: &[Enqueued]) -> Vec<(usize, Refusal)> {
+    let refusal = |(position, answer): (usize, &Enqueued)| match answer {
+        Enqueued::Refused(refusal) => Some((position, refusal.clone())),
+        Enqueued::New(_) | Enqueued::Duplicate(_) => None,
+    };
+    answers.iter().enumerate().filter_map(refusal).collect()
+}
+
+/// What is going to be written.
+#[derive(Debug)]
+pub(super) struct Plan<'a> {
+    facts: Facts,
+    rows: Vec<NewRow<'a>>,
+    keys: Vec<(KeyName, Key)>,
+}
+
+#[derive(Debug)]
+struct NewRow<'a> {
+    seq: i64,
+    queue_id: i32,
+    message: &'a NewMessage,
+    due_at: i64,
+    expires_at: Option<i64>,
+}
+
+/// A place in a plan to which it can be undone.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Mark {
+    rows: usize,
+    keys: usize,
+}
+
+impl<'a> Plan<'a> {
+    /// An empty plan over these facts.
+    pub(super) fn new(facts: Facts) -> Self {
+        Self { facts, rows: Vec::new(), keys: Vec::new() }
+    }
+
+    /// Takes in the message at this place among all, or says why not, or that it is here already.
+    pub(super) fn take_in(&mut self, message: &'a NewMessage, place: usize) -> Enqueued {
+        let Some(queue) = self.facts.queues.get(&message.queue) else {
+            return Enqueued::Refused(Refusal::NoSuchQueue(message.queue.clone()));
+        };
+        let queue_id = queue.id;
+        if let Some(answer) = self.known_already(message) {
+            return answer;
+        }
+        let full = queue.max.is_some_and(|max| self.facts.unsettled.get(&queue_id) >= Some(&max));
+        if full {
+            return Enqueued::Refused(Refusal::QueueFull(message.queue.clone()));
+        }
+        *self.facts.unsettled.entry(queue_id).or_default() += 1;
+        self.add(queue_id, message, place)
+    }
+
+    /// Where the plan stands now.
+    pub(super) fn mark(&self) -> Mark {
+        Mark { rows: self.rows.len(), keys: self.keys.len() }
+    }
+
+    /// Takes back what was planned since then.
+    pub(super) fn undo(&mut self, mark: Mark) {
+        for row in self.rows.drain(mark.rows..) {
+            *self.facts.unsettled.entry(row.queue_id).or_default() -= 1;
+            self.facts.named.remove(&row.message.id);
+        }
+        for (key, _) in self.keys.drain(mark.keys..) {
+            self.facts.known.remove(&key);
+        }
+    }
+
+    fn known(&self, queue: &QueueName, key: &Idempotency) -> Option<&Known> {
+        self.facts.known.get(&(self.facts.queues.get(queue)?.id, key.key))
+    }
+
+    /// The answer to a message that has come before, by a key or by its name.
+    fn known_already(&self, message: &NewMessage) -> Option<Enqueued> {
+        let known = |key: &Idempotency| self.known(&message.queue, key);
+        if message.keys.iter().any(|key| known(key).is_some_and(|known| !known.is_for(key))) {
+            return Some(Enqueued::Refused(Refusal::KeyReused));
+        }
+        let by_key = message.keys.iter().find_map(|key| known(key)?.answer.as_ref());
+        let answer = by_key.or_else(|| self.facts.named.get(&message.id))?;
+        Some(Enqueued::Duplicate(answer.clone()))
+    }
+
+    fn add(&mut self, queue_id: i32, message: &'a NewMessage, place: usize) -> Enqueued {
+        let now = self.facts.now;
+        let due_at = rows::resolve(message.deliver, now);
+        let receipt = Receipt {
+            id: message.id,
+            queue: message.queue.clone(),
+            state: rows::waiting_state(due_at, now),
+            enqueued_at: rows::moment(now).unwrap_or_default(),
+            deliver_at: rows::moment(due_at).unwrap_or_default(),
+        };
+        for key in &message.keys {
+            let row = self.facts.key(&message.queue, key, Some((message, place)));
+            self.remember(row, Some(receipt.clone()));
+        }
+        self.facts.named.insert(message.id, receipt.clone());
+        self.rows.push(NewRow {
+            seq: self.facts.seqs[place],
+            queue_id,
+            message,
+            due_at,
+            expires_at: message.expires.map(|when| rows::resolve(when, now)),
+        });
+        Enqueued::New(receipt)
+    }
+
+    fn remember_batch(&mut self, queue: &QueueName, key: Idempotency) {
+        let row = self.facts.key(queue, &key, None);
+        self.remember(row, None);
+    }
+
+    fn remember(&mut self, key: Option<(KeyName, Key)>, answer: Option<Receipt>) {
+        let Some((name, key)) = key else { return };
+        self.facts.known.insert(name, Known { fingerprint: key.fingerprint, answer });
+        self.keys.push((name, key));
+    }
+
+    /// Writes it, and says what there is to tell.
+    pub(super) async fn write(self, connection: &mut PgConnection) -> Result<Word, Trouble> {
+        if !self.rows.is_empty() {
+            self.write_messages(connection).await?;
+        }
+        let now = self.facts.now;
+        self.facts.correct_keys(connection, self.keys).await?;
+        let (ready, scheduled): (Vec<_>, Vec<_>) =
+            self.rows.iter().partition(|row| row.due_at <= now);
+        let ready = ready.into_iter().map(|row| row.message.queue.clone());
+        Ok(Word { schedule: !scheduled.is_empty(), ..Word::of_ready(ready) })
+    }
+
+    async fn write_messages(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
+        let rows = &self.rows;
+        let details = rows.iter().map(|row| {
+            serde_json::to_string(&row.message.details)
+                .expect("details are text, which is always JSON")
+        });
+        query(INSERT)
+            .bind(self.facts.now)
+            .bind(rows.iter().map(|row| row.seq).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.message.id.0).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.queue_id).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| -i16::from(row.message.priority)).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.due_at).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.expires_at).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.message.body.len() as i64).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.message.kind.as_deref()).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.message.correlation_id.as_deref()).collect::<Vec<_>>())
+            .bind(details.collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.message.body.as_ref()).collect::<Vec<&[u8]>>())
+            .execute(connection)
+            .await
+            .map(drop)
+    }
+}
+
+// Lives on: the primary keys of message, content, ready and scheduled, at the end of the first two.
+const INSERT: &str = "\
+with given as (
+    select *
+    from unnest($2::bigint[], $3::uuid[], $4::integer[], $5::smallint[], $6::bigint[], $7::bigint[], $8::bigint[])
+        as given (seq, id, queue_id, rank, due_at, expires_at, size)
+),
+messages as (
+    insert into message (
+        seq, id, queue_id, state, rank, due_at, attempts, failures, crashes, enqueued_at, expires_at, size
+    )
+    select seq, id, queue_id, 0, rank, due_at, 0, 0, 0, $1, expires_at, size
+    from given
+),
+contents as (
+    insert into content (seq, deliver_at, kind, correlation_id, details, body)
+    select *
+    from unnest($2::bigint[], $6::bigint[], $9::text[], $10::text[], $11::text[], $12::bytea[])
+),
+due as (
+    insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
+    select queue_id, rank, due_at, seq, expires_at, false
+    from given
+    where due_at <= $1
+)
+insert into scheduled (due_at, seq, queue_id, rank, expires_at)
+select due_at, seq, queue_id, rank, expires_at
+from given
+where due_at > $1";
+
+/// The statements of this file.
+pub(super) const STATEMENTS: &[&str] = &[INSERT];

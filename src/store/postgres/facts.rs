@@ -1,0 +1,387 @@
+//! What there is to know before messages are taken in: the time, the queues, and what has come before.
+//!
+//! Keys are put down first and asked about afterwards, because that is how the second of two
+//! transactions with the same key waits for the first.
+
+use std::collections::{BTreeMap, HashMap};
+
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row, query};
+use uuid::Uuid;
+
+use crate::model::{Idempotency, MessageId, NewMessage, QueueName, State};
+
+use super::super::Receipt;
+use super::fault::{Trouble, unreadable};
+use super::rows;
+
+/// How careful to be with messages that are sent again under the same name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Care {
+    /// They are not expected; one fails the transaction.
+    Usual,
+    /// They are looked up, and answered with the first one's receipt.
+    Names,
+}
+
+/// What there is to know before messages are taken in.
+#[derive(Debug)]
+pub(super) struct Facts {
+    pub(super) now: i64,
+    /// A number for each message, in order. One that is not used leaves a gap, which nobody minds.
+    pub(super) seqs: Vec<i64>,
+    pub(super) queues: HashMap<QueueName, Queue>,
+    /// How many unsettled messages the queues with a limit have.
+    pub(super) unsettled: HashMap<i32, i64>,
+    /// The keys that were put down for these messages, in this transaction.
+    put_down: BTreeMap<KeyName, Key>,
+    /// The keys that others put down before, and that count.
+    pub(super) known: HashMap<KeyName, Known>,
+    /// The messages that are there by name, where somebody looked.
+    pub(super) named: HashMap<MessageId, Receipt>,
+}
+
+#[derive(Debug)]
+pub(super) struct Queue {
+    pub(super) id: i32,
+    window: i64,
+    pub(super) max: Option<i64>,
+}
+
+/// A key is known to one queue.
+pub(super) type KeyName = (i32, [u8; 16]);
+
+/// What is remembered of a key. A key over a whole batch has no answer of its own.
+#[derive(Debug)]
+pub(super) struct Known {
+    pub(super) fingerprint: [u8; 32],
+    pub(super) answer: Option<Receipt>,
+}
+
+impl Known {
+    pub(super) fn is_for(&self, key: &Idempotency) -> bool {
+        self.fingerprint == key.fingerprint
+    }
+}
+
+/// A key as it is written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Key {
+    pub(super) fingerprint: [u8; 32],
+    seq: i64,
+    id: Uuid,
+    deliver_at: i64,
+    expires_at: i64,
+}
+
+// Locks the names of queues against being deleted meanwhile, and not against each other.
+const ENTER: &str = "\
+select pg_advisory_xact_lock_shared($1, hashtext(name))
+from unnest($2::text[]) as name";
+
+// Lives on: queue_name_key.
+const SITUATION: &str = "\
+select given.now, given.seqs, queue.id, queue.name, queue.dedup_window, queue.max_messages
+from (
+    select now_micros() as now, array(select nextval('message_seq') from generate_series(1, $1)) as seqs
+) as given
+left join queue on queue.name = any($2)";
+
+// Locks the queues that have a limit, one transaction at a time.
+const LINE_UP: &str = "\
+select pg_advisory_xact_lock($1, queue_id)
+from unnest($2::integer[]) as queue_id";
+
+// Lives on: tally, read whole; it is folded to a few rows for each queue.
+const UNSETTLED: &str = "\
+select queue_id, sum(n)::bigint as n
+from tally
+where queue_id = any($1)
+    and state in (0, 1, 2)
+group by queue_id";
+
+// Lives on: the primary keys of idempotency and message. A key counts in its window, and as long as its
+// message can still be delivered or is dead.
+const FORGET_KEYS: &str = "\
+delete from idempotency
+using unnest($1::integer[], $2::bytea[]) as wanted (queue_id, key)
+where idempotency.queue_id = wanted.queue_id
+    and idempotency.key = wanted.key
+    and idempotency.expires_at <= $3
+    and not exists (
+        select 1
+        from message
+        where message.seq = idempotency.seq
+            and message.state in (0, 5)
+    )";
+
+// Lives on: the primary key of idempotency. Waits for a transaction that has put down the same key.
+const PUT_KEYS_DOWN: &str = "\
+insert into idempotency (
+    queue_id, key, fingerprint, seq, id, enqueued_at, deliver_at, expires_at, sweep_at
+)
+select queue_id, key, fingerprint, seq, id, $1, deliver_at, expires_at, expires_at
+from unnest(
+        $2::integer[], $3::bytea[], $4::bytea[], $5::bigint[], $6::uuid[], $7::bigint[], $8::bigint[]
+    ) as given (queue_id, key, fingerprint, seq, id, deliver_at, expires_at)
+on conflict (queue_id, key) do nothing
+returning queue_id, key";
+
+// Lives on: the primary key of idempotency.
+const KNOWN_KEYS: &str = "\
+select idempotency.*
+from unnest($1::integer[], $2::bytea[]) as wanted (queue_id, key)
+join idempotency
+    on idempotency.queue_id = wanted.queue_id
+    and idempotency.key = wanted.key";
+
+// Lives on: the primary key of idempotency.
+const DROP_KEYS: &str = "\
+delete from idempotency
+using unnest($1::integer[], $2::bytea[]) as wrong (queue_id, key)
+where idempotency.queue_id = wrong.queue_id
+    and idempotency.key = wrong.key";
+
+// Lives on: message_id, then the primary keys of queue and content.
+const KNOWN_NAMES: &str = "\
+select message.id, message.enqueued_at, content.deliver_at, queue.name
+from message
+join queue on queue.id = message.queue_id
+join content on content.seq = message.seq
+where message.id = any($1)";
+
+/// The statements of this file.
+pub(super) const STATEMENTS: &[&str] = &[
+    ENTER,
+    SITUATION,
+    LINE_UP,
+    UNSETTLED,
+    FORGET_KEYS,
+    PUT_KEYS_DOWN,
+    KNOWN_KEYS,
+    DROP_KEYS,
+    KNOWN_NAMES,
+];
+
+/// The class of advisory locks on the names of queues: shared to take messages in, exclusive to delete.
+pub(super) const LOCK_NAMES: i32 = 0x7075_6d70;
+/// The class of advisory locks on the numbers of queues that have a limit.
+const LOCK_LIMITS: i32 = 0x7075_6d71;
+
+impl Facts {
+    /// Finds out what there is to know about these messages and these keys over batches, and locks what
+    /// must not change until the end of the transaction.
+    pub(super) async fn find(
+        connection: &mut PgConnection,
+        messages: &[&NewMessage],
+        batches: &[(&QueueName, Idempotency)],
+        care: Care,
+    ) -> Result<Self, Trouble> {
+        let mut facts = Self::situation(connection, messages).await?;
+        facts.put_keys_down(connection, messages, batches).await?;
+        facts.count(connection).await?;
+        if care == Care::Names {
+            facts.find_names(connection, messages).await?;
+        }
+        Ok(facts)
+    }
+
+    async fn situation(
+        connection: &mut PgConnection,
+        messages: &[&NewMessage],
+    ) -> sqlx::Result<Self> {
+        let mut names = messages.iter().map(|message| message.queue.as_str()).collect::<Vec<_>>();
+        // In one order everywhere, so that nobody waits for each other.
+        names.sort_unstable();
+        names.dedup();
+        query(ENTER).bind(LOCK_NAMES).bind(&names).execute(&mut *connection).await?;
+        let count = i32::try_from(messages.len()).unwrap_or(i32::MAX);
+        let rows = query(SITUATION).bind(count).bind(&names).fetch_all(connection).await?;
+        let first = rows.first().ok_or_else(|| unreadable("there is no time"))?;
+        let (now, seqs) = (first.try_get("now")?, first.try_get("seqs")?);
+        let queues = rows.iter().filter_map(|row| queue(row).transpose());
+        Ok(Self {
+            now,
+            seqs,
+            queues: queues.collect::<sqlx::Result<_>>()?,
+            unsettled: HashMap::new(),
+            put_down: BTreeMap::new(),
+            known: HashMap::new(),
+            named: HashMap::new(),
+        })
+    }
+
+    async fn put_keys_down(
+        &mut self,
+        connection: &mut PgConnection,
+        messages: &[&NewMessage],
+        batches: &[(&QueueName, Idempotency)],
+    ) -> Result<(), Trouble> {
+        let mut wanted = BTreeMap::new();
+        for (place, message) in messages.iter().enumerate() {
+            for key in &message.keys {
+                if let Some((name, key)) = self.key(&message.queue, key, Some((message, place))) {
+                    wanted.entry(name).or_insert(key);
+                }
+            }
+        }
+        for (queue, key) in batches {
+            if let Some((name, key)) = self.key(queue, key, None) {
+                wanted.entry(name).or_insert(key);
+            }
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let forget = bind_names(query(FORGET_KEYS), wanted.keys().copied()).bind(self.now);
+        forget.execute(&mut *connection).await?;
+        for name in put_keys_down(connection, self.now, &wanted).await? {
+            let key = wanted.remove(&name).ok_or(Trouble::Overtaken)?;
+            self.put_down.insert(name, key);
+        }
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let known = bind_names(query(KNOWN_KEYS), wanted.keys().copied());
+        for row in known.fetch_all(connection).await? {
+            self.known.insert(key_name(&row)?, self.known_key(&row)?);
+        }
+        // One was forgotten between our putting it down and our looking at it.
+        if wanted.keys().any(|name| !self.known.contains_key(name)) {
+            return Err(Trouble::Overtaken);
+        }
+        Ok(())
+    }
+
+    async fn count(&mut self, connection: &mut PgConnection) -> sqlx::Result<()> {
+        let limited = self.queues.values().filter(|queue| queue.max.is_some());
+        let mut limited = limited.map(|queue| queue.id).collect::<Vec<_>>();
+        if limited.is_empty() {
+            return Ok(());
+        }
+        limited.sort_unstable();
+        query(LINE_UP).bind(LOCK_LIMITS).bind(&limited).execute(&mut *connection).await?;
+        for row in query(UNSETTLED).bind(&limited).fetch_all(connection).await? {
+            self.unsettled.insert(row.try_get("queue_id")?, row.try_get("n")?);
+        }
+        Ok(())
+    }
+
+    async fn find_names(
+        &mut self,
+        connection: &mut PgConnection,
+        messages: &[&NewMessage],
+    ) -> sqlx::Result<()> {
+        let names = messages.iter().map(|message| message.id.0).collect::<Vec<_>>();
+        for row in query(KNOWN_NAMES).bind(names).fetch_all(connection).await? {
+            let receipt = receipt(&row, rows::queue_name(row.try_get("name")?)?)?;
+            self.named.insert(receipt.id, receipt);
+        }
+        Ok(())
+    }
+
+    /// A key as it would be written for this message; `None` where there is no such queue.
+    pub(super) fn key(
+        &self,
+        queue: &QueueName,
+        key: &Idempotency,
+        of: Option<(&NewMessage, usize)>,
+    ) -> Option<(KeyName, Key)> {
+        let queue = self.queues.get(queue)?;
+        let due_at = of.map_or(self.now, |(message, _)| rows::resolve(message.deliver, self.now));
+        let row = Key {
+            fingerprint: key.fingerprint,
+            seq: of.map_or(0, |(_, place)| self.seqs[place]),
+            id: of.map_or(Uuid::nil(), |(message, _)| message.id.0),
+            deliver_at: due_at,
+            expires_at: self.now.saturating_add(queue.window),
+        };
+        Some(((queue.id, key.key), row))
+    }
+
+    /// Takes back the keys of messages that are not taken in after all, and puts down those that took their
+    /// place.
+    pub(super) async fn correct_keys(
+        &self,
+        connection: &mut PgConnection,
+        planned: Vec<(KeyName, Key)>,
+    ) -> sqlx::Result<()> {
+        let planned = planned.into_iter().collect::<BTreeMap<_, _>>();
+        let wrong = self.put_down.iter().filter(|(name, key)| planned.get(name) != Some(key));
+        let wrong = wrong.map(|(name, _)| *name).collect::<Vec<_>>();
+        if !wrong.is_empty() {
+            bind_names(query(DROP_KEYS), wrong.into_iter()).execute(&mut *connection).await?;
+        }
+        let missing =
+            planned.into_iter().filter(|(name, key)| self.put_down.get(name) != Some(key));
+        put_keys_down(connection, self.now, &missing.collect()).await.map(drop)
+    }
+
+    fn known_key(&self, row: &PgRow) -> sqlx::Result<Known> {
+        let queue_id: i32 = row.try_get("queue_id")?;
+        let seq: i64 = row.try_get("seq")?;
+        let queue = self.queues.iter().find(|(_, queue)| queue.id == queue_id);
+        let answer = queue.filter(|_| seq != 0).map(|(name, _)| receipt(row, name.clone()));
+        Ok(Known { fingerprint: bytes(row.try_get("fingerprint")?)?, answer: answer.transpose()? })
+    }
+}
+
+fn queue(row: &PgRow) -> sqlx::Result<Option<(QueueName, Queue)>> {
+    let Some(id) = row.try_get("id")? else { return Ok(None) };
+    let (window, max) = (row.try_get("dedup_window")?, row.try_get("max_messages")?);
+    let name = rows::queue_name(row.try_get("name")?)?;
+    Ok(Some((name, Queue { id, window, max })))
+}
+
+async fn put_keys_down(
+    connection: &mut PgConnection,
+    now: i64,
+    keys: &BTreeMap<KeyName, Key>,
+) -> sqlx::Result<Vec<KeyName>> {
+    if keys.is_empty() {
+        return Ok(Vec::new());
+    }
+    // The map is sorted, so that two transactions with the same keys come to them in the same order.
+    let rows = query(PUT_KEYS_DOWN)
+        .bind(now)
+        .bind(keys.keys().map(|(queue_id, _)| *queue_id).collect::<Vec<_>>())
+        .bind(keys.keys().map(|(_, key)| key.as_slice()).collect::<Vec<_>>())
+        .bind(keys.values().map(|key| key.fingerprint.as_slice()).collect::<Vec<_>>())
+        .bind(keys.values().map(|key| key.seq).collect::<Vec<_>>())
+        .bind(keys.values().map(|key| key.id).collect::<Vec<_>>())
+        .bind(keys.values().map(|key| key.deliver_at).collect::<Vec<_>>())
+        .bind(keys.values().map(|key| key.expires_at).collect::<Vec<_>>())
+        .fetch_all(connection)
+        .await?;
+    rows.iter().map(key_name).collect()
+}
+
+type Statement = sqlx::query::Query<'static, sqlx::Postgres, sqlx::postgres::PgArguments>;
+
+fn bind_names(statement: Statement, names: impl Iterator<Item = KeyName>) -> Statement {
+    let (queues, keys): (Vec<_>, Vec<_>) =
+        names.map(|(queue_id, key)| (queue_id, key.to_vec())).unzip();
+    statement.bind(queues).bind(keys)
+}
+
+/// The first answer, made again from what was kept of it.
+fn receipt(row: &PgRow, queue: QueueName) -> sqlx::Result<Receipt> {
+    let (enqueued_at, deliver_at): (i64, i64) =
+        (row.try_get("enqueued_at")?, row.try_get("deliver_at")?);
+    let state: State = rows::waiting_state(deliver_at, enqueued_at);
+    Ok(Receipt {
+        id: rows::message_id(row)?,
+        queue,
+        state,
+        enqueued_at: rows::moment(enqueued_at)?,
+        deliver_at: rows::moment(deliver_at)?,
+    })
+}
+
+fn key_name(row: &PgRow) -> sqlx::Result<KeyName> {
+    Ok((row.try_get("queue_id")?, bytes(row.try_get("key")?)?))
+}
+
+fn bytes<const N: usize>(bytes: &[u8]) -> sqlx::Result<[u8; N]> {
+    bytes.try_into().map_err(|_| unreadable("a key has another length"))
+}

@@ -1,0 +1,241 @@
+//! Claiming messages, and keeping the claim.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row, query};
+
+use crate::model::{Lease, Leased, Message, MessageId, QueueName, Token};
+use crate::telemetry::metrics;
+
+use super::super::{Claim, Result};
+use super::Postgres;
+use super::fault::Trouble;
+use super::news::Word;
+use super::rows;
+
+/// Claims messages, and another time for those that could not be read.
+pub(super) async fn lease(house: &Postgres, claim: Claim) -> Result<Vec<Leased>> {
+    let mut all = Vec::new();
+    while all.len() < claim.max {
+        let rest = Claim { max: claim.max - all.len(), ..claim.clone() };
+        let Claimed { leased, unreadable } = claim_once(house, rest).await?;
+        all.extend(leased);
+        if unreadable.is_empty() {
+            break;
+        }
+        bury(house, &claim.queue, unreadable).await?;
+    }
+    Ok(all)
+}
+
+/// What one claim has brought.
+#[derive(Debug, Default)]
+struct Claimed {
+    leased: Vec<Leased>,
+    /// Messages that cannot be read, and why.
+    unreadable: Vec<(Lease, String)>,
+}
+
+// Lives on: the primary key of ready (or ready_urgent), which is the order of lease; then the primary
+// keys of message and content. Locks the tokens it takes, and passes over those that others take.
+macro_rules! claim {
+    ($which:literal) => {
+        concat!(
+            "\
+with clock as (
+    select now_micros() as now
+),
+taken as (
+    delete from ready
+    where ctid = any(array(
+        select ready.ctid
+        from ready
+        where ready.queue_id = (select id from queue where name = $1)
+            and (ready.expires_at is null or ready.expires_at > (select now from clock))",
+            $which,
+            "
+        order by ready.queue_id, ready.rank, ready.due_at, ready.seq
+        limit $2
+        for update skip locked
+    ))
+    returning ready.seq
+),
+leased as (
+    insert into lease (seq, token, incarnation, leased_at, until, queue_id, attempt, replica)
+    select message.seq, $3, $4, clock.now, clock.now + $5, message.queue_id, message.attempts + 1, $6
+    from taken
+    join message on message.seq = taken.seq
+    cross join clock
+    returning lease.seq, lease.attempt, lease.leased_at
+)
+select leased.seq, leased.attempt as attempts, leased.leased_at, message.id, message.rank,
+    message.due_at, message.failures, message.crashes, message.enqueued_at, message.expires_at,
+    content.kind, content.correlation_id, content.details, content.body
+from leased
+join message on message.seq = leased.seq
+join content on content.seq = leased.seq"
+        )
+    };
+}
+
+const CLAIM: &str = claim!("");
+const CLAIM_URGENT: &str = claim!(" and ready.urgent");
+
+// Lives on: the primary keys of lease, message and dead.
+const BURY: &str = "\
+with gone as (
+    delete from lease
+    using unnest($1::bigint[], $2::bigint[], $3::text[]) as broken (seq, token, reason)
+    where lease.seq = broken.seq
+        and lease.token = broken.token
+    returning lease.seq, lease.attempt, broken.reason, now_micros() as now
+),
+moved as (
+    update message
+    set state = 5, attempts = gone.attempt, finished_at = gone.now, reason = gone.reason
+    from gone
+    where message.seq = gone.seq
+    returning message.seq, message.queue_id, message.finished_at
+)
+insert into dead (seq, finished_at, queue_id)
+select seq, finished_at, queue_id
+from moved";
+
+// Lives on: the primary keys of lease and queue.
+const RENEW: &str = "\
+update lease
+set until = now_micros() + $3
+from unnest($1::bigint[], $2::bigint[]) as held (seq, token)
+where lease.seq = held.seq
+    and lease.token = held.token
+    and lease.until > now_micros()
+    and exists (select 1 from queue where queue.id = lease.queue_id)
+returning lease.seq, lease.token";
+
+/// The statements of this file.
+pub(super) const STATEMENTS: &[&str] = &[CLAIM, CLAIM_URGENT, BURY, RENEW];
+
+/// Claims with one statement. The claim need not be on the disk: if the server crashes and forgets it,
+/// the message is ready again, and nobody can settle with the forgotten token, because it is random.
+async fn claim_once(house: &Postgres, claim: Claim) -> Result<Claimed> {
+    // Before the statement is sent, so that the holder lets go too early rather than too late.
+    let asked = Instant::now();
+    let until = asked + claim.duration;
+    let token = new_token();
+    let incarnation = house.incarnation(&claim.replica);
+    let batch = claim.max;
+    let claimed = house.claims.run(move |connection: &mut PgConnection| {
+        let claim = claim.clone();
+        Box::pin(async move {
+            let statement = if claim.urgent_only { CLAIM_URGENT } else { CLAIM };
+            let rows = query(statement)
+                .bind(claim.queue.as_str())
+                .bind(i64::try_from(claim.max).unwrap_or(i64::MAX))
+                .bind(token.0)
+                .bind(incarnation)
+                .bind(rows::span(claim.duration))
+                .bind(claim.replica.as_str())
+                .fetch_all(connection)
+                .await?;
+            read(rows, &claim.queue, token, until)
+        })
+    });
+    let claimed = claimed.await?;
+    metrics::commit_seconds("lease").record(asked.elapsed());
+    metrics::batch_size("lease").record(batch.min(claimed.leased.len()) as f64);
+    Ok(claimed)
+}
+
+fn new_token() -> Token {
+    let bits = getrandom::u64().expect("the operating system has random numbers");
+    Token(i64::try_from(bits >> 1).expect("63 bits are left"))
+}
+
+fn read(
+    rows: Vec<PgRow>,
+    queue: &QueueName,
+    token: Token,
+    until: Instant,
+) -> Result<Claimed, Trouble> {
+    let mut claimed = Claimed::default();
+    for row in rows {
+        let id = rows::message_id(&row)?;
+        let lease = Lease { seq: row.try_get("seq")?, id, token, until };
+        match leased(&row, queue, lease.clone()) {
+            Ok(leased) => claimed.leased.push(leased),
+            Err(why) => claimed.unreadable.push((lease, format!("it cannot be read: {why}"))),
+        }
+    }
+    // The statement finds them in the order of lease, and returns them in any.
+    claimed.leased.sort_by_key(|leased| {
+        let priority = leased.message.head.priority;
+        (std::cmp::Reverse(priority), leased.due_at, leased.lease.seq)
+    });
+    Ok(claimed)
+}
+
+fn leased(row: &PgRow, queue: &QueueName, lease: Lease) -> sqlx::Result<Leased> {
+    let details: &str = row.try_get("details")?;
+    let details = serde_json::from_str(details).map_err(|why| sqlx::Error::Decode(why.into()))?;
+    let body: Vec<u8> = row.try_get("body")?;
+    let head = rows::head(row, queue.clone(), details)?;
+    Ok(Leased {
+        lease,
+        message: Message { head, body: body.into() },
+        tries: rows::tries(row)?,
+        due_at: rows::moment(row.try_get("due_at")?)?,
+        leased_at: rows::moment(row.try_get("leased_at")?)?,
+    })
+}
+
+/// Makes dead letters of messages that cannot be read.
+async fn bury(house: &Postgres, queue: &QueueName, broken: Vec<(Lease, String)>) -> Result<()> {
+    let unreadable = vec![queue.clone(); broken.len()];
+    for (lease, reason) in &broken {
+        log(lease.id, queue, reason);
+    }
+    house
+        .hands
+        .run(move |connection: &mut PgConnection| {
+            let broken = broken.clone();
+            Box::pin(async move {
+                query(BURY)
+                    .bind(broken.iter().map(|(lease, _)| lease.seq).collect::<Vec<_>>())
+                    .bind(broken.iter().map(|(lease, _)| lease.token.0).collect::<Vec<_>>())
+                    .bind(broken.into_iter().map(|(_, reason)| reason).collect::<Vec<_>>())
+                    .execute(connection)
+                    .await?;
+                Ok(())
+            })
+        })
+        .await?;
+    house.herald.tell(Word { unreadable, ..Default::default() });
+    Ok(())
+}
+
+fn log(message: MessageId, queue: &QueueName, reason: &str) {
+    tracing::warn!(%message, %queue, reason, "set a message aside that cannot be read");
+}
+
+/// Prolongs what is still held.
+pub(super) async fn renew(
+    house: &Postgres,
+    leases: Vec<Lease>,
+    duration: Duration,
+) -> Result<Vec<bool>> {
+    let mut held = leases.iter().map(|lease| (lease.seq, lease.token.0)).collect::<Vec<_>>();
+    held.sort_unstable();
+    let renewed = house.claims.run(move |connection: &mut PgConnection| {
+        let (seqs, tokens): (Vec<_>, Vec<_>) = held.iter().copied().unzip();
+        Box::pin(async move {
+            let renew = query(RENEW).bind(seqs).bind(tokens).bind(rows::span(duration));
+            let renewed = renew.fetch_all(connection).await?;
+            let renewed = renewed.iter().map(|row| Ok((row.try_get(0)?, row.try_get(1)?)));
+            Ok(renewed.collect::<sqlx::Result<HashSet<(i64, i64)>>>()?)
+        })
+    });
+    let renewed = renewed.await?;
+    Ok(leases.iter().map(|lease| renewed.contains(&(lease.seq, lease.token.0))).collect())
+}

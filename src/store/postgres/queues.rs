@@ -1,0 +1,315 @@
+//! Queues, and whether they and the pump are to run.
+
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row, query, query_scalar};
+
+use crate::model::{QueueName, QueueRecord, QueueSettings, RunState};
+
+use super::super::{DeleteQueue, Precondition, PumpRecord, PutQueue, Result};
+use super::Postgres;
+use super::facts::LOCK_NAMES;
+use super::fault::{Trouble, unreadable};
+use super::news::Word;
+use super::rows;
+
+// Lives on: queue_name_key.
+const QUEUES: &str = "\
+select name, settings, state
+from queue
+order by name";
+
+// Lives on: queue_name_key.
+const QUEUE: &str = "\
+select name, settings, state
+from queue
+where name = $1";
+
+// Lives on: queue_name_key. Locks the queue against other changes.
+const LOCK_QUEUE: &str = "\
+select id, name, settings, state
+from queue
+where name = $1
+for update";
+
+// Lives on: queue_name_key.
+const INSERT_QUEUE: &str = "\
+insert into queue (
+    settings, max_messages, max_crashes, dedup_window, retention_completed, retention_dead, state, name
+)
+values ($1, $2, $3, $4, $5, $6, $7, $8)";
+
+// Lives on: queue_name_key.
+const UPDATE_QUEUE: &str = "\
+update queue
+set settings = $1,
+    max_messages = $2,
+    max_crashes = $3,
+    dedup_window = $4,
+    retention_completed = $5,
+    retention_dead = $6,
+    state = $7
+where name = $8";
+
+// Lives on: queue_name_key.
+const SET_QUEUE_STATE: &str = "\
+update queue
+set state = $2
+where name = $1";
+
+// Locks a queue's name against messages that are being taken in.
+const LOCK_NAME: &str = "\
+select pg_advisory_xact_lock($1, hashtext($2))";
+
+// Lives on: the primary key of ready, scheduled_queue, dead_listed; and tally, read whole, for leases.
+const HAS_MESSAGES: &str = "\
+select coalesce(
+    (select seq from ready where queue_id = $1 order by queue_id, rank, due_at, seq limit 1),
+    (select seq from scheduled where queue_id = $1 order by queue_id, due_at, seq limit 1),
+    (select seq from dead where queue_id = $1 order by queue_id, seq limit 1),
+    (select 1 from tally where queue_id = $1 and state = 2 having sum(n) > 0)
+) is not null";
+
+// Lives on: the primary key of queue. Whatever is left of it finds its end in a sweep.
+const DELETE_QUEUE: &str = "\
+with gone as (
+    delete from queue
+    where id = $1
+    returning id
+)
+insert into doomed (queue_id)
+select id
+from gone";
+
+// Lives on: the primary key of pump.
+const PUMP: &str = "\
+select state, ceiling
+from pump
+where id = 1";
+
+// Lives on: the primary key of pump.
+const SET_PUMP_STATE: &str = "\
+update pump
+set state = $1
+where id = 1";
+
+// Lives on: the primary key of pump.
+const SET_CEILING: &str = "\
+update pump
+set ceiling = $1
+where id = 1";
+
+// Lives on: the primary key of pump.
+const COUNT_REVISION: &str = "\
+update pump
+set revision = revision + 1
+where id = 1";
+
+/// The statements of this file.
+pub(super) const STATEMENTS: &[&str] = &[
+    QUEUES,
+    QUEUE,
+    LOCK_QUEUE,
+    INSERT_QUEUE,
+    UPDATE_QUEUE,
+    SET_QUEUE_STATE,
+    LOCK_NAME,
+    HAS_MESSAGES,
+    DELETE_QUEUE,
+    PUMP,
+    SET_PUMP_STATE,
+    SET_CEILING,
+    COUNT_REVISION,
+];
+
+pub(super) async fn queues(house: &Postgres) -> Result<Vec<QueueRecord>> {
+    house
+        .hands
+        .run(|connection: &mut PgConnection| {
+            Box::pin(async move {
+                let rows = query(QUEUES).fetch_all(connection).await?;
+                Ok(rows.iter().map(record).collect::<sqlx::Result<_>>()?)
+            })
+        })
+        .await
+}
+
+pub(super) async fn queue(house: &Postgres, name: &QueueName) -> Result<Option<QueueRecord>> {
+    let name = name.clone();
+    house
+        .hands
+        .run(move |connection: &mut PgConnection| {
+            let name = name.clone();
+            Box::pin(async move {
+                let row = query(QUEUE).bind(name.as_str()).fetch_optional(connection).await?;
+                Ok(row.as_ref().map(record).transpose()?)
+            })
+        })
+        .await
+}
+
+pub(super) async fn put_queue(
+    house: &Postgres,
+    name: &QueueName,
+    settings: QueueSettings,
+    precondition: Precondition,
+) -> Result<PutQueue> {
+    let name = name.clone();
+    let done = house
+        .hands
+        .transact(move |connection: &mut PgConnection| {
+            let (name, settings, precondition) =
+                (name.clone(), settings.clone(), precondition.clone());
+            Box::pin(async move { put(connection, name, settings, &precondition).await })
+        })
+        .await?;
+    if done != PutQueue::PreconditionFailed {
+        house.herald.tell(Word::of_settings());
+    }
+    Ok(done)
+}
+
+async fn put(
+    connection: &mut PgConnection,
+    name: QueueName,
+    settings: QueueSettings,
+    precondition: &Precondition,
+) -> Result<PutQueue, Trouble> {
+    let old = query(LOCK_QUEUE).bind(name.as_str()).fetch_optional(&mut *connection).await?;
+    let old = old.as_ref().map(record).transpose()?;
+    let etag = old.as_ref().map(|old| old.settings.etag());
+    if !precondition.holds(etag.as_deref()) {
+        return Ok(PutQueue::PreconditionFailed);
+    }
+    let state = old.as_ref().map(|old| old.state.clone()).unwrap_or_default();
+    let statement = if old.is_some() { UPDATE_QUEUE } else { INSERT_QUEUE };
+    query(statement)
+        .bind(json(&settings))
+        .bind(settings.max_messages.map(|max| i64::try_from(max).unwrap_or(i64::MAX)))
+        .bind(i32::try_from(settings.recovery.max_crashes).unwrap_or(i32::MAX))
+        .bind(rows::span(settings.dedup_window))
+        .bind(rows::span(settings.retention.completed))
+        .bind(rows::span(settings.retention.dead))
+        .bind(json(&state))
+        .bind(name.as_str())
+        .execute(&mut *connection)
+        .await?;
+    query(COUNT_REVISION).execute(connection).await?;
+    let record = QueueRecord { name, settings, state };
+    Ok(if old.is_some() { PutQueue::Replaced(record) } else { PutQueue::Created(record) })
+}
+
+pub(super) async fn delete_queue(
+    house: &Postgres,
+    name: &QueueName,
+    force: bool,
+    precondition: Precondition,
+) -> Result<DeleteQueue> {
+    let name = name.clone();
+    let done = house
+        .hands
+        .transact(move |connection: &mut PgConnection| {
+            let (name, precondition) = (name.clone(), precondition.clone());
+            Box::pin(async move { delete(connection, &name, force, &precondition).await })
+        })
+        .await?;
+    if done == DeleteQueue::Deleted {
+        house.herald.tell(Word::of_settings());
+    }
+    Ok(done)
+}
+
+async fn delete(
+    connection: &mut PgConnection,
+    name: &QueueName,
+    force: bool,
+    precondition: &Precondition,
+) -> Result<DeleteQueue, Trouble> {
+    // First, because messages that are being taken in hold it before they ask for anything else.
+    query(LOCK_NAME).bind(LOCK_NAMES).bind(name.as_str()).execute(&mut *connection).await?;
+    let row = query(LOCK_QUEUE).bind(name.as_str()).fetch_optional(&mut *connection).await?;
+    let Some(row) = row else { return Ok(DeleteQueue::NoSuchQueue) };
+    if !precondition.holds(Some(&record(&row)?.settings.etag())) {
+        return Ok(DeleteQueue::PreconditionFailed);
+    }
+    let id: i32 = row.try_get("id")?;
+    if !force && query_scalar(HAS_MESSAGES).bind(id).fetch_one(&mut *connection).await? {
+        return Ok(DeleteQueue::NotEmpty);
+    }
+    query(DELETE_QUEUE).bind(id).execute(&mut *connection).await?;
+    query(COUNT_REVISION).execute(connection).await?;
+    Ok(DeleteQueue::Deleted)
+}
+
+pub(super) async fn set_run_state(
+    house: &Postgres,
+    queue: Option<&QueueName>,
+    state: RunState,
+) -> Result<bool> {
+    let queue = queue.cloned();
+    let known = house
+        .hands
+        .transact(move |connection: &mut PgConnection| {
+            let (queue, state) = (queue.clone(), json(&state));
+            Box::pin(async move {
+                let set = match &queue {
+                    Some(name) => query(SET_QUEUE_STATE).bind(name.as_str()).bind(state),
+                    None => query(SET_PUMP_STATE).bind(state),
+                };
+                let known = set.execute(&mut *connection).await?.rows_affected() > 0;
+                if known {
+                    query(COUNT_REVISION).execute(connection).await?;
+                }
+                Ok(known)
+            })
+        })
+        .await?;
+    if known {
+        house.herald.tell(Word::of_settings());
+    }
+    Ok(known)
+}
+
+pub(super) async fn pump(house: &Postgres) -> Result<PumpRecord> {
+    house
+        .hands
+        .run(|connection: &mut PgConnection| {
+            Box::pin(async move {
+                let row = query(PUMP).fetch_one(connection).await?;
+                let state = run_state(row.try_get("state")?)?;
+                Ok(PumpRecord { state, ceiling: rows::count(&row, "ceiling")? })
+            })
+        })
+        .await
+}
+
+pub(super) async fn set_ceiling(house: &Postgres, ceiling: u32) -> Result<()> {
+    house
+        .hands
+        .transact(move |connection: &mut PgConnection| {
+            Box::pin(async move {
+                let ceiling = i32::try_from(ceiling).unwrap_or(i32::MAX);
+                query(SET_CEILING).bind(ceiling).execute(&mut *connection).await?;
+                query(COUNT_REVISION).execute(connection).await?;
+                Ok(())
+            })
+        })
+        .await?;
+    house.herald.tell(Word::of_settings());
+    Ok(())
+}
+
+fn record(row: &PgRow) -> sqlx::Result<QueueRecord> {
+    let name = rows::queue_name(row.try_get("name")?)?;
+    let settings = serde_json::from_str(row.try_get("settings")?);
+    let settings =
+        settings.map_err(|_| unreadable(format!("the settings of queue {name} are unknown")))?;
+    Ok(QueueRecord { name, settings, state: run_state(row.try_get("state")?)? })
+}
+
+fn run_state(text: &str) -> sqlx::Result<RunState> {
+    serde_json::from_str(text).map_err(|_| unreadable("a run state is unknown"))
+}
+
+fn json(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).expect("settings are plain data, which is always JSON")
+}

@@ -1,0 +1,389 @@
+//! The operator's hand on single messages: amend, redrive, delete, purge.
+//!
+//! What waits is changed by taking its token first, as a claim does, and then the message; so whoever
+//! comes second finds no token and looks where the message is now.
+
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row, query};
+
+use crate::model::{MessageId, QueueName, Record, State};
+
+use super::super::{Amended, Amendment, Filter, Result};
+use super::Postgres;
+use super::fault::Trouble;
+use super::news::Word;
+use super::rows::{self, records};
+
+// Lives on: message_id; see `records`.
+const RECORD: &str = concat!(records!(), "where message.id = $1");
+
+// Lives on: the primary keys of message and ready. Waits for whoever has the token in hand.
+const TAKE_READY: &str = "\
+delete from ready
+using message
+where message.seq = $1
+    and ready.queue_id = message.queue_id
+    and ready.rank = message.rank
+    and ready.due_at = message.due_at
+    and ready.seq = message.seq
+returning ready.urgent, now_micros() as now";
+
+// Lives on: the primary keys of message and scheduled. Waits for whoever has the token in hand.
+const TAKE_SCHEDULED: &str = "\
+delete from scheduled
+using message
+where message.seq = $1
+    and scheduled.due_at = message.due_at
+    and scheduled.seq = message.seq
+returning false as urgent, now_micros() as now";
+
+// Lives on: the primary keys of message and ended.
+const CANCEL: &str = "\
+with moved as (
+    update message
+    set state = 7, finished_at = $2, reason = 'cancelled while it waited'
+    where seq = $1
+    returning finished_at, seq, queue_id
+)
+insert into ended (finished_at, seq, queue_id)
+select finished_at, seq, queue_id
+from moved";
+
+// Lives on: the primary keys of message, ready and scheduled.
+const WAIT: &str = "\
+with moved as (
+    update message
+    set due_at = $2
+    where seq = $1
+    returning seq, queue_id, rank, due_at, expires_at
+),
+due as (
+    insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
+    select queue_id, rank, due_at, seq, expires_at, $4
+    from moved
+    where $3
+)
+insert into scheduled (due_at, seq, queue_id, rank, expires_at)
+select due_at, seq, queue_id, rank, expires_at
+from moved
+where not $3";
+
+// Lives on: the primary key of dead, from its beginning (or dead_listed); then those of message, queue,
+// content and ready. Passes over dead letters that others have in hand.
+macro_rules! redrive {
+    ($which:literal) => {
+        concat!(
+            "\
+with clock as (
+    select now_micros() as now
+),
+taken as (
+    delete from dead
+    where ctid = any(array(
+        select dead.ctid
+        from dead
+        join message on message.seq = dead.seq
+        join queue on queue.id = message.queue_id
+        join content on content.seq = message.seq
+        where ($1::text is null or queue.name = $1)
+            and ($2::text is null or content.kind = $2)
+            and ($3::text is null or content.correlation_id = $3)
+            and ($4::bigint is null or message.enqueued_at >= $4)
+            and ($5::bigint is null or message.enqueued_at < $5)
+            and ",
+            $which,
+            "
+        order by dead.seq
+        limit $7
+        for update of dead skip locked
+    ))
+    returning dead.seq
+),
+moved as (
+    update message
+    set state = 0, failures = 0, crashes = 0, finished_at = null, reason = null, due_at = clock.now
+    from taken, clock
+    where message.seq = taken.seq
+    returning message.seq, message.id, message.queue_id, message.rank, message.due_at,
+        message.expires_at
+),
+made_ready as (
+    insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
+    select queue_id, rank, due_at, seq, expires_at, false
+    from moved
+)
+select moved.seq, moved.id, queue.name as queue
+from moved
+join queue on queue.id = moved.queue_id"
+        )
+    };
+}
+
+const REDRIVE: &str = redrive!("(cardinality($6::uuid[]) = 0 or message.id = any($6))");
+const REDRIVE_OF_QUEUE: &str = redrive!(
+    "(cardinality($6::uuid[]) = 0 or message.id = any($6))
+            and dead.queue_id = (select id from queue where name = $1)"
+);
+const REDRIVE_NAMED: &str = redrive!("message.id = any($6::uuid[])");
+
+/// Deletes messages with all that belongs to them, but for their keys, given the numbers in `gone`.
+/// Lives on: the primary keys of content, delivery and message.
+macro_rules! delete_gone {
+    () => {
+        "\
+contents as (
+    delete from content
+    where seq = any(array(select seq from gone))
+),
+deliveries as (
+    delete from delivery
+    where seq = any(array(select seq from gone))
+),
+messages as (
+    delete from message
+    where seq = any(array(select seq from gone))
+)\n"
+    };
+}
+
+pub(super) use delete_gone;
+
+// Lives on: the primary key of dead; see `delete_gone`.
+const DELETE_DEAD: &str = concat!(
+    "\
+with gone as (
+    delete from dead
+    where seq = $1
+    returning seq
+),\n",
+    delete_gone!(),
+    "\
+select seq
+from gone"
+);
+
+// Lives on: the primary key of ready; see `delete_gone`.
+const PURGE_READY: &str = concat!(
+    "\
+with gone as (
+    delete from ready
+    where ctid = any(array(
+        select ctid
+        from ready
+        where queue_id = (select id from queue where name = $1)
+        order by queue_id, rank, due_at, seq
+        limit $2
+        for update skip locked
+    ))
+    returning seq
+),\n",
+    delete_gone!(),
+    "\
+select count(*)
+from gone"
+);
+
+// Lives on: scheduled_queue; see `delete_gone`.
+const PURGE_SCHEDULED: &str = concat!(
+    "\
+with gone as (
+    delete from scheduled
+    where ctid = any(array(
+        select ctid
+        from scheduled
+        where queue_id = (select id from queue where name = $1)
+        order by queue_id, due_at, seq
+        limit $2
+        for update skip locked
+    ))
+    returning seq
+),\n",
+    delete_gone!(),
+    "\
+select count(*)
+from gone"
+);
+
+/// The statements of this file.
+pub(super) const STATEMENTS: &[&str] = &[
+    RECORD,
+    TAKE_READY,
+    TAKE_SCHEDULED,
+    CANCEL,
+    WAIT,
+    REDRIVE,
+    REDRIVE_OF_QUEUE,
+    REDRIVE_NAMED,
+    DELETE_DEAD,
+    PURGE_READY,
+    PURGE_SCHEDULED,
+];
+
+/// How often to look again for a message that moves from place to place while we reach for it.
+const LOOKS: usize = 20;
+
+pub(super) async fn amend(
+    house: &Postgres,
+    id: MessageId,
+    amendment: Amendment,
+) -> Result<Amended> {
+    let amended =
+        house.hands.transact(move |connection| Box::pin(change(connection, id, amendment))).await?;
+    if let Amended::Done(record) = &amended {
+        house.herald.tell(word(record));
+    }
+    Ok(amended)
+}
+
+async fn change(
+    connection: &mut PgConnection,
+    id: MessageId,
+    amendment: Amendment,
+) -> Result<Amended, Trouble> {
+    for _ in 0..LOOKS {
+        let Some(row) = find(connection, id).await? else { return Ok(Amended::NoSuchMessage) };
+        let (seq, record) = (row.try_get("seq")?, rows::record(&row)?);
+        let take = match record.state {
+            State::Ready => TAKE_READY,
+            State::Scheduled => TAKE_SCHEDULED,
+            other => return Ok(Amended::Not(other)),
+        };
+        if let Some(token) = query(take).bind::<i64>(seq).fetch_optional(&mut *connection).await? {
+            write(connection, seq, &record, &token, amendment).await?;
+            let row = find(connection, id).await?.ok_or(Trouble::Overtaken)?;
+            return Ok(Amended::Done(rows::record(&row)?));
+        }
+    }
+    Err(Trouble::Overtaken)
+}
+
+async fn find(connection: &mut PgConnection, id: MessageId) -> sqlx::Result<Option<PgRow>> {
+    query(RECORD).bind(id.0).fetch_optional(connection).await
+}
+
+/// Writes what was asked for about a message whose token we have taken.
+async fn write(
+    connection: &mut PgConnection,
+    seq: i64,
+    record: &Record,
+    token: &PgRow,
+    amendment: Amendment,
+) -> sqlx::Result<()> {
+    let now: i64 = token.try_get("now")?;
+    let (due_at, ready, urgent) = match amendment {
+        Amendment::Cancel => {
+            return query(CANCEL).bind(seq).bind(now).execute(connection).await.map(drop);
+        }
+        // What is ready keeps its place in the order.
+        Amendment::RunNow if record.state == State::Ready => {
+            (rows::micros(record.deliver_at), true, true)
+        }
+        Amendment::RunNow => (now, true, true),
+        Amendment::Reschedule(when) => {
+            let due_at = rows::resolve(when, now);
+            (due_at, due_at <= now, false)
+        }
+    };
+    let wait = query(WAIT).bind(seq).bind(due_at).bind(ready).bind(urgent);
+    wait.execute(connection).await.map(drop)
+}
+
+fn word(record: &Record) -> Word {
+    match record.state {
+        State::Ready => Word::of_ready([record.head.queue.clone()]),
+        State::Scheduled => Word { schedule: true, ..Default::default() },
+        State::Leased
+        | State::Completed
+        | State::Discarded
+        | State::Dead
+        | State::Expired
+        | State::Cancelled => Word::default(),
+    }
+}
+
+pub(super) async fn redrive(
+    house: &Postgres,
+    filter: Filter,
+    max: usize,
+) -> Result<Vec<MessageId>> {
+    let mut redriven = house
+        .hands
+        .run(move |connection| {
+            let filter = filter.clone();
+            Box::pin(async move { bring_back(connection, &filter, max).await })
+        })
+        .await?;
+    // In the order of arrival, in which they were taken; the statement returns them in any.
+    redriven.sort_unstable_by_key(|(seq, ..)| *seq);
+    house.herald.tell(Word::of_ready(redriven.iter().map(|(.., queue)| queue.clone())));
+    Ok(redriven.into_iter().map(|(_, id, _)| id).collect())
+}
+
+async fn bring_back(
+    connection: &mut PgConnection,
+    filter: &Filter,
+    max: usize,
+) -> Result<Vec<(i64, MessageId, QueueName)>, Trouble> {
+    let statement = match (&filter.queue, filter.ids.is_empty()) {
+        (_, false) => REDRIVE_NAMED,
+        (Some(_), true) => REDRIVE_OF_QUEUE,
+        (None, true) => REDRIVE,
+    };
+    let rows = query(statement)
+        .bind(filter.queue.as_ref().map(QueueName::as_str))
+        .bind(filter.kind.as_deref())
+        .bind(filter.correlation_id.as_deref())
+        .bind(filter.since.map(rows::micros))
+        .bind(filter.until.map(rows::micros))
+        .bind(filter.ids.iter().map(|id| id.0).collect::<Vec<_>>())
+        .bind(i64::try_from(max).unwrap_or(i64::MAX))
+        .fetch_all(connection)
+        .await?;
+    let read = |row: &PgRow| {
+        let queue = rows::queue_name(row.try_get("queue")?)?;
+        Ok((row.try_get("seq")?, rows::message_id(row)?, queue))
+    };
+    Ok(rows.iter().map(read).collect::<sqlx::Result<_>>()?)
+}
+
+pub(super) async fn delete_dead(house: &Postgres, id: MessageId) -> Result<Amended> {
+    house.hands.transact(move |connection| Box::pin(delete(connection, id))).await
+}
+
+async fn delete(connection: &mut PgConnection, id: MessageId) -> Result<Amended, Trouble> {
+    let Some(row) = find(connection, id).await? else { return Ok(Amended::NoSuchMessage) };
+    let (seq, record): (i64, _) = (row.try_get("seq")?, rows::record(&row)?);
+    if record.state != State::Dead {
+        return Ok(Amended::Not(record.state));
+    }
+    let gone = query(DELETE_DEAD).bind(seq).fetch_optional(connection).await?;
+    gone.map(|_| Amended::Done(record)).ok_or(Trouble::Overtaken)
+}
+
+pub(super) async fn purge(house: &Postgres, queue: &QueueName, max: usize) -> Result<u64> {
+    let queue = queue.clone();
+    house
+        .hands
+        .run(move |connection| {
+            let queue = queue.clone();
+            Box::pin(async move {
+                let max = i64::try_from(max).unwrap_or(i64::MAX);
+                let ready = purge_some(connection, PURGE_READY, &queue, max).await?;
+                if ready >= max {
+                    return Ok(ready as u64);
+                }
+                let more = purge_some(connection, PURGE_SCHEDULED, &queue, max - ready).await?;
+                Ok((ready + more) as u64)
+            })
+        })
+        .await
+}
+
+async fn purge_some(
+    connection: &mut PgConnection,
+    statement: &'static str,
+    queue: &QueueName,
+    max: i64,
+) -> sqlx::Result<i64> {
+    sqlx::query_scalar(statement).bind(queue.as_str()).bind(max).fetch_one(connection).await
+}

@@ -1,0 +1,297 @@
+//! The one place that writes: its connection, its transaction, and what it knows by heart.
+//!
+//! It decides nothing about messages. Because nobody else writes, what it keeps in memory (the queues,
+//! the next number, the changes of the counts) cannot be out of date.
+
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
+use std::sync::Arc;
+
+use sqlx::sqlite::SqliteConnectOptions;
+use sqlx::{ConnectOptions, Connection, Row, SqliteConnection, query, query_scalar};
+
+use crate::clock::Clock;
+use crate::model::{QueueName, QueueSettings, State};
+use crate::telemetry::metrics;
+
+use super::super::News;
+use super::fault::unreadable;
+use super::rows;
+
+/// The writer's desk.
+pub(super) struct Desk {
+    pub(super) connection: SqliteConnection,
+    /// The time of the transaction that is open: every comparison in it is with this one moment.
+    pub(super) now: i64,
+    /// The queues there are, as they were when the transaction began.
+    pub(super) queues: Queues,
+    /// What the transaction has changed in the counts so far.
+    pub(super) tally: Tally,
+    /// What is to be told once it is committed.
+    pub(super) word: Word,
+    /// Whether messages are to be looked up by name before they are inserted.
+    pub(super) careful: bool,
+    /// The start of the process that this one is, by its last report.
+    pub(super) incarnation: i64,
+    next_seq: i64,
+    queues_changed: bool,
+    options: SqliteConnectOptions,
+    clock: Arc<dyn Clock>,
+    news: Arc<News>,
+    /// Held as long as anything here may be written.
+    _lock: File,
+}
+
+// Lives on: the primary key of message, from its end.
+const LAST_SEQ: &str = "\
+select coalesce(max(seq), 0)
+from message";
+
+// Lives on: the primary key of pump.
+const LAST_INCARNATION: &str = "\
+select incarnation
+from pump
+where id = 1";
+
+// Lives on: queue, read whole; there are few.
+const QUEUES: &str = "\
+select id, name, settings
+from queue";
+
+// Lives on: the primary key of tally.
+const CHANGE_TALLY: &str = "\
+insert into tally (queue_id, state, n)
+select value ->> 0, value ->> 1, value ->> 2
+from json_each(?)
+where true
+on conflict (queue_id, state) do update
+set n = n + excluded.n";
+
+// Lives on: the primary key of tally.
+const UNSETTLED: &str = "\
+select coalesce(sum(n), 0)
+from tally
+where queue_id = ? and state in (0, 1, 2)";
+
+/// The statements of this file.
+pub(super) const STATEMENTS: &[&str] =
+    &[LAST_SEQ, LAST_INCARNATION, QUEUES, CHANGE_TALLY, UNSETTLED];
+
+impl Desk {
+    /// Sets it up over a connection that may write to a database with today's schema.
+    pub(super) async fn new(
+        mut connection: SqliteConnection,
+        options: SqliteConnectOptions,
+        lock: File,
+        clock: Arc<dyn Clock>,
+        news: Arc<News>,
+    ) -> sqlx::Result<Self> {
+        let last: i64 = query_scalar(LAST_SEQ).fetch_one(&mut connection).await?;
+        let incarnation = query_scalar(LAST_INCARNATION).fetch_one(&mut connection).await?;
+        Ok(Self {
+            queues: Queues::load(&mut connection).await?,
+            connection,
+            now: 0,
+            tally: Tally::default(),
+            word: Word::default(),
+            careful: false,
+            incarnation,
+            next_seq: last + 1,
+            queues_changed: false,
+            options,
+            clock,
+            news,
+            _lock: lock,
+        })
+    }
+
+    /// Begins a transaction that may write: the lock is taken now and not half-way through it.
+    pub(super) async fn begin(&mut self) -> sqlx::Result<()> {
+        if query("begin immediate").execute(&mut self.connection).await.is_err() {
+            // A connection that cannot even begin is left behind: what went wrong on it (a crash of its
+            // thread, a rollback that failed) may be over on a new one.
+            self.connection = self.options.connect().await?;
+            query("begin immediate").execute(&mut self.connection).await?;
+        }
+        self.now = rows::micros(self.clock.now());
+        self.tally = Tally::default();
+        self.word = Word::default();
+        if self.queues_changed {
+            self.queues = Queues::load(&mut self.connection).await?;
+            self.queues_changed = false;
+        }
+        Ok(())
+    }
+
+    /// Commits, and tells the news. On an error the transaction is still to be rolled back.
+    pub(super) async fn commit(&mut self) -> sqlx::Result<()> {
+        let changes = self.tally.changes();
+        if !changes.is_empty() {
+            query(CHANGE_TALLY).bind(rows::json(&changes)).execute(&mut self.connection).await?;
+        }
+        query("commit").execute(&mut self.connection).await?;
+        std::mem::take(&mut self.word).spread(&self.news);
+        Ok(())
+    }
+
+    /// Takes everything back.
+    pub(super) async fn roll_back(&mut self) {
+        // SQLite may have rolled back by itself; if it could not, the next `begin` finds out.
+        let _ = query("rollback").execute(&mut self.connection).await;
+    }
+
+    /// The number of the next message. One that is not used leaves a gap, which nobody minds.
+    pub(super) fn take_seq(&mut self) -> i64 {
+        let seq = self.next_seq;
+        self.next_seq += 1;
+        seq
+    }
+
+    /// Says that queues are changed in this transaction, so that they are read again before the next.
+    pub(super) fn queues_change(&mut self) {
+        self.queues_changed = true;
+        self.word.settings = true;
+    }
+
+    /// Moves a message from one state to another in the counts.
+    pub(super) fn moved(&mut self, queue_id: i64, from: State, to: State) {
+        self.tally.add(queue_id, from, -1);
+        self.tally.add(queue_id, to, 1);
+        self.told(queue_id, to);
+    }
+
+    /// Counts a message that is new.
+    pub(super) fn came(&mut self, queue_id: i64, state: State) {
+        self.tally.add(queue_id, state, 1);
+        self.told(queue_id, state);
+    }
+
+    /// Counts a message out.
+    pub(super) fn went(&mut self, queue_id: i64, state: State) {
+        self.tally.add(queue_id, state, -1);
+    }
+
+    /// How many messages of a queue were unsettled when the transaction began.
+    pub(super) async fn unsettled_before(&mut self, queue_id: i64) -> sqlx::Result<i64> {
+        query_scalar(UNSETTLED).bind(queue_id).fetch_one(&mut self.connection).await
+    }
+
+    /// Leaves the database in one tidy file, and the file to others.
+    pub(super) async fn close(mut self) {
+        // What is not written back now is written back by the next process: nothing depends on it.
+        let _ = query("pragma wal_checkpoint(truncate)").execute(&mut self.connection).await;
+        let _ = self.connection.close().await;
+    }
+
+    fn told(&mut self, queue_id: i64, state: State) {
+        match state {
+            State::Ready => self.word.ready.extend(self.queues.name(queue_id)),
+            State::Scheduled => self.word.schedule = true,
+            State::Leased
+            | State::Completed
+            | State::Discarded
+            | State::Dead
+            | State::Expired
+            | State::Cancelled => (),
+        }
+    }
+}
+
+/// The queues there are, by name and by number.
+#[derive(Debug, Default)]
+pub(super) struct Queues {
+    by_name: HashMap<QueueName, Arc<Queue>>,
+    by_id: HashMap<i64, Arc<Queue>>,
+}
+
+/// A queue, as far as writing needs it.
+#[derive(Debug)]
+pub(super) struct Queue {
+    pub(super) id: i64,
+    pub(super) name: QueueName,
+    pub(super) settings: QueueSettings,
+}
+
+impl Queues {
+    async fn load(connection: &mut SqliteConnection) -> sqlx::Result<Self> {
+        let mut queues = Self::default();
+        for row in query(QUEUES).fetch_all(connection).await? {
+            let settings = serde_json::from_str(row.try_get("settings")?);
+            let queue = Arc::new(Queue {
+                id: row.try_get("id")?,
+                name: rows::queue_name(row.try_get("name")?)?,
+                settings: settings.map_err(|_| unreadable("a queue's settings are unknown"))?,
+            });
+            queues.by_name.insert(queue.name.clone(), queue.clone());
+            queues.by_id.insert(queue.id, queue);
+        }
+        Ok(queues)
+    }
+
+    /// The queue with this name.
+    pub(super) fn named(&self, name: &QueueName) -> Option<&Arc<Queue>> {
+        self.by_name.get(name)
+    }
+
+    /// The queue with this number.
+    pub(super) fn numbered(&self, id: i64) -> Option<&Arc<Queue>> {
+        self.by_id.get(&id)
+    }
+
+    /// All of them, in no order.
+    pub(super) fn all(&self) -> impl Iterator<Item = &Arc<Queue>> {
+        self.by_id.values()
+    }
+
+    fn name(&self, id: i64) -> Option<QueueName> {
+        self.by_id.get(&id).map(|queue| queue.name.clone())
+    }
+}
+
+/// What one transaction changes in the counts, written once at its end.
+#[derive(Debug, Default)]
+pub(super) struct Tally(HashMap<(i64, State), i64>);
+
+impl Tally {
+    fn add(&mut self, queue_id: i64, state: State, n: i64) {
+        *self.0.entry((queue_id, state)).or_default() += n;
+    }
+
+    /// By how much the number of a queue's unsettled messages has changed.
+    pub(super) fn unsettled(&self, queue_id: i64) -> i64 {
+        let living = State::ALL.into_iter().filter(|state| state.lives());
+        living.filter_map(|state| self.0.get(&(queue_id, state))).sum()
+    }
+
+    fn changes(&self) -> Vec<(i64, i16, i64)> {
+        let changed = self.0.iter().filter(|(_, n)| **n != 0);
+        changed.map(|((queue_id, state), n)| (*queue_id, state.code(), *n)).collect()
+    }
+}
+
+/// What one transaction has to tell.
+#[derive(Debug, Default)]
+pub(super) struct Word {
+    ready: HashSet<QueueName>,
+    schedule: bool,
+    settings: bool,
+    /// Queues, one for each message that died of being unreadable.
+    pub(super) unreadable: Vec<QueueName>,
+}
+
+impl Word {
+    fn spread(self, news: &News) {
+        for queue in &self.ready {
+            news.queue_has_messages(queue);
+        }
+        if self.schedule {
+            news.schedule_changed();
+        }
+        if self.settings {
+            news.settings_changed();
+        }
+        for queue in &self.unreadable {
+            metrics::dead(queue).increment(1);
+        }
+    }
+}

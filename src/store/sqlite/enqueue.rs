@@ -1,0 +1,409 @@
+//! Taking messages in, each once.
+//!
+//! A transaction's messages are first planned in memory ([`Plan`]), with what the database knows of
+//! their keys read once for all of them, and then written with few statements. So a refusal undoes a
+//! part of the plan, and never a row.
+
+use std::collections::HashMap;
+
+use sqlx::{Row, query};
+
+use crate::model::{Idempotency, MessageId, NewMessage};
+
+use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal};
+use super::desk::{Desk, Queue};
+use super::rows::{self, Insert, Statement, four, insert};
+
+/// Plans these calls one after the other, as if each were alone.
+pub(super) fn plan_calls<'a>(
+    desk: &mut Desk,
+    plan: &mut Plan<'a>,
+    calls: impl IntoIterator<Item = &'a Enqueue>,
+) -> Vec<EnqueueOutcome> {
+    calls.into_iter().map(|call| plan_call(desk, plan, call)).collect()
+}
+
+fn plan_call<'a>(desk: &mut Desk, plan: &mut Plan<'a>, call: &'a Enqueue) -> EnqueueOutcome {
+    let batch = call.batch.zip(batch_queue(desk, call));
+    if let Some((key, queue_id)) = batch
+        && plan.known.get(&(queue_id, key.key)).is_some_and(|known| !known.is_for(&key))
+    {
+        return EnqueueOutcome::BatchKeyReused;
+    }
+    let mark = plan.mark();
+    let answers = call.messages.iter().map(|message| plan.take_in(desk, message));
+    let answers = answers.collect::<Vec<_>>();
+    let refusals = refusals(&answers);
+    if call.atomic && !refusals.is_empty() {
+        plan.undo(desk, mark);
+        return EnqueueOutcome::Refused(refusals);
+    }
+    if let Some((key, queue_id)) = batch
+        && answers.iter().any(|answer| matches!(answer, Enqueued::New(_)))
+    {
+        plan.remember(desk, queue_id, key, None);
+    }
+    EnqueueOutcome::Done(answers)
+}
+
+/// The queue whose window a key over the whole batch has: its first message's.
+fn batch_queue(desk: &Desk, call: &Enqueue) -> Option<i64> {
+    let first = call.messages.first()?;
+    desk.queues.named(&first.queue).map(|queue| queue.id)
+}
+
+fn refusals(answers: &[Enqueued]) -> Vec<(usize, Refusal)> {
+    let refusal = |(position, answer): (usize, &Enqueued)| match answer {
+        Enqueued::Refused(refusal) => Some((position, refusal.clone())),
+        Enqueued::New(_) | Enqueued::Duplicate(_) => None,
+    };
+    answers.iter().enumerate().filter_map(refusal).collect()
+}
+
+/// What a transaction is going to insert, and what it must know for that.
+#[derive(Debug, Default)]
+pub(super) struct Plan<'a> {
+    /// The keys that count, those of the plan too.
+    known: HashMap<(i64, [u8; 16]), Known>,
+    /// The messages that are there by name; filled only where somebody has to be careful.
+    named: HashMap<MessageId, Receipt>,
+    /// How many unsettled messages the queues with a limit had before.
+    unsettled: HashMap<i64, i64>,
+    rows: Vec<NewRow<'a>>,
+    keys: Vec<NewKey>,
+}
+
+/// What is remembered of a key. A key over a whole batch has no answer of its own.
+#[derive(Debug)]
+struct Known {
+    fingerprint: [u8; 32],
+    answer: Option<Receipt>,
+}
+
+impl Known {
+    fn is_for(&self, key: &Idempotency) -> bool {
+        self.fingerprint == key.fingerprint
+    }
+}
+
+#[derive(Debug)]
+struct NewRow<'a> {
+    seq: i64,
+    queue_id: i64,
+    message: &'a NewMessage,
+    enqueued_at: i64,
+    due_at: i64,
+    expires_at: Option<i64>,
+    receipt: Receipt,
+}
+
+#[derive(Debug)]
+struct NewKey {
+    queue_id: i64,
+    key: Idempotency,
+    seq: i64,
+    id: Option<MessageId>,
+    enqueued_at: i64,
+    deliver_at: i64,
+    expires_at: i64,
+}
+
+/// A place in a plan to which it can be undone.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Mark {
+    rows: usize,
+    keys: usize,
+}
+
+impl<'a> Plan<'a> {
+    /// An empty plan that knows what is to be known for these messages and batches.
+    pub(super) async fn load(
+        desk: &mut Desk,
+        messages: &[&NewMessage],
+        calls: &[&Enqueue],
+    ) -> sqlx::Result<Self> {
+        let mut plan = Self::default();
+        plan.load_keys(desk, messages, calls).await?;
+        plan.load_counts(desk, messages).await?;
+        if desk.careful {
+            plan.load_names(desk, messages).await?;
+        }
+        Ok(plan)
+    }
+
+    /// Takes one message in, or says why not, or that it is here already.
+    pub(super) fn take_in(&mut self, desk: &mut Desk, message: &'a NewMessage) -> Enqueued {
+        let Some(queue) = desk.queues.named(&message.queue).cloned() else {
+            return Enqueued::Refused(Refusal::NoSuchQueue(message.queue.clone()));
+        };
+        if let Some(answer) = self.known_already(&queue, message) {
+            return answer;
+        }
+        if self.is_full(desk, &queue) {
+            return Enqueued::Refused(Refusal::QueueFull(message.queue.clone()));
+        }
+        Enqueued::New(self.add(desk, &queue, message))
+    }
+
+    /// Where the plan stands now.
+    pub(super) fn mark(&self) -> Mark {
+        Mark { rows: self.rows.len(), keys: self.keys.len() }
+    }
+
+    /// Takes back what was planned since then. News of it may still be told, and then is for nothing.
+    pub(super) fn undo(&mut self, desk: &mut Desk, mark: Mark) {
+        for row in self.rows.drain(mark.rows..) {
+            desk.went(row.queue_id, row.receipt.state);
+            self.named.remove(&row.message.id);
+        }
+        for key in self.keys.drain(mark.keys..) {
+            self.known.remove(&(key.queue_id, key.key.key));
+        }
+    }
+
+    /// Writes it.
+    pub(super) async fn write(self, desk: &mut Desk) -> sqlx::Result<()> {
+        let connection = &mut desk.connection;
+        rows::insert_all(connection, &INSERT_MESSAGES, &self.rows, NewRow::bind_message).await?;
+        rows::insert_all(connection, &INSERT_CONTENTS, &self.rows, NewRow::bind_content).await?;
+        rows::insert_all(connection, &INSERT_KEYS, &self.keys, NewKey::bind).await
+    }
+
+    /// The answer to a message that has come before, by a key or by its name.
+    fn known_already(&self, queue: &Queue, message: &NewMessage) -> Option<Enqueued> {
+        let known = |key: &Idempotency| self.known.get(&(queue.id, key.key));
+        if message.keys.iter().any(|key| known(key).is_some_and(|known| !known.is_for(key))) {
+            return Some(Enqueued::Refused(Refusal::KeyReused));
+        }
+        let by_key = message.keys.iter().find_map(|key| known(key)?.answer.as_ref());
+        let answer = by_key.or_else(|| self.named.get(&message.id))?;
+        Some(Enqueued::Duplicate(answer.clone()))
+    }
+
+    fn is_full(&self, desk: &Desk, queue: &Queue) -> bool {
+        let Some(max) = queue.settings.max_messages else { return false };
+        let before = self.unsettled.get(&queue.id).copied().unwrap_or(0);
+        let now = u64::try_from(before + desk.tally.unsettled(queue.id)).unwrap_or(0);
+        now >= max
+    }
+
+    fn add(&mut self, desk: &mut Desk, queue: &Queue, message: &'a NewMessage) -> Receipt {
+        let now = desk.now;
+        let due_at = rows::resolve(message.deliver, now);
+        let receipt = Receipt {
+            id: message.id,
+            queue: queue.name.clone(),
+            state: rows::waiting_state(due_at, now),
+            enqueued_at: rows::moment(now).unwrap_or_default(),
+            deliver_at: rows::moment(due_at).unwrap_or_default(),
+        };
+        let row = NewRow {
+            seq: desk.take_seq(),
+            queue_id: queue.id,
+            message,
+            enqueued_at: now,
+            due_at,
+            expires_at: message.expires.map(|when| rows::resolve(when, now)),
+            receipt: receipt.clone(),
+        };
+        desk.came(queue.id, receipt.state);
+        for key in &message.keys {
+            self.remember(desk, queue.id, *key, Some(&row));
+        }
+        if desk.careful {
+            self.named.insert(message.id, receipt.clone());
+        }
+        self.rows.push(row);
+        receipt
+    }
+
+    fn remember(&mut self, desk: &Desk, queue_id: i64, key: Idempotency, of: Option<&NewRow<'_>>) {
+        let queue = desk.queues.numbered(queue_id);
+        let window = queue.map(|queue| queue.settings.dedup_window).unwrap_or_default();
+        let answer = of.map(|row| row.receipt.clone());
+        self.known.insert((queue_id, key.key), Known { fingerprint: key.fingerprint, answer });
+        self.keys.push(NewKey {
+            queue_id,
+            key,
+            seq: of.map_or(0, |row| row.seq),
+            id: of.map(|row| row.message.id),
+            enqueued_at: desk.now,
+            deliver_at: of.map_or(desk.now, |row| row.due_at),
+            expires_at: rows::after(desk.now, window),
+        });
+    }
+}
+
+// Lives on: message, at its end. Each row takes its place in message_id, message_listed, one of
+// message_ready and message_due, and where it expires in message_expiring.
+const INSERT_MESSAGES: Insert = insert!(
+    "\
+insert into message (
+    seq, id, queue_id, state, rank, due_at, urgent, attempts, failures, crashes, token,
+    leased_at, lease_until, incarnation, enqueued_at, expires_at, size
+)
+values\n",
+    "(?, ?, ?, ?, ?, ?, 0, 0, 0, 0, 0, 0, 0, 0, ?, ?, ?)",
+    ""
+);
+
+// Lives on: content, at its end, and content_correlation where there is a correlation id.
+const INSERT_CONTENTS: Insert = insert!(
+    "\
+insert into content (seq, deliver_at, kind, correlation_id, details, body)
+values\n",
+    "(?, ?, ?, ?, ?, ?)",
+    ""
+);
+
+// Lives on: the primary key of idempotency. What is replaced is a key that no longer counted.
+const INSERT_KEYS: Insert = insert!(
+    "\
+insert into idempotency (
+    queue_id, key, fingerprint, seq, id, enqueued_at, deliver_at, expires_at, sweep_at
+)
+values\n",
+    "(?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    "
+on conflict (queue_id, key) do update
+set fingerprint = excluded.fingerprint, seq = excluded.seq, id = excluded.id,
+    enqueued_at = excluded.enqueued_at, deliver_at = excluded.deliver_at,
+    expires_at = excluded.expires_at, sweep_at = excluded.sweep_at"
+);
+
+impl NewRow<'_> {
+    fn bind_message(statement: Statement, row: &Self) -> Statement {
+        statement
+            .bind(row.seq)
+            .bind(row.message.id.0.as_bytes().to_vec())
+            .bind(row.queue_id)
+            .bind(row.receipt.state.code())
+            .bind(-i64::from(row.message.priority))
+            .bind(row.due_at)
+            .bind(row.enqueued_at)
+            .bind(row.expires_at)
+            .bind(i64::try_from(row.message.body.len()).unwrap_or(i64::MAX))
+    }
+
+    fn bind_content(statement: Statement, row: &Self) -> Statement {
+        let details = serde_json::to_string(&row.message.details);
+        statement
+            .bind(row.seq)
+            .bind(row.due_at)
+            .bind(row.message.kind.clone())
+            .bind(row.message.correlation_id.clone())
+            .bind(details.expect("details are text, which is always JSON"))
+            .bind(row.message.body.to_vec())
+    }
+}
+
+impl NewKey {
+    fn bind(statement: Statement, key: &Self) -> Statement {
+        statement
+            .bind(key.queue_id)
+            .bind(key.key.key.to_vec())
+            .bind(key.key.fingerprint.to_vec())
+            .bind(key.seq)
+            .bind(key.id.map_or_else(Vec::new, |id| id.0.as_bytes().to_vec()))
+            .bind(key.enqueued_at)
+            .bind(key.deliver_at)
+            .bind(key.expires_at)
+            .bind(key.expires_at)
+    }
+}
+
+// Lives on: the primary keys of idempotency and message. A key counts in its window, and as long as
+// its message can still be delivered or is dead.
+const KNOWN_KEYS: &str = "\
+select idempotency.queue_id, idempotency.key, idempotency.fingerprint, idempotency.seq,
+    idempotency.id, idempotency.enqueued_at, idempotency.deliver_at
+from json_each(?1) as wanted
+cross join idempotency
+    on idempotency.queue_id = wanted.value ->> 0
+    and idempotency.key = unhex(wanted.value ->> 1)
+left join message
+    on message.seq = idempotency.seq
+    and message.id = idempotency.id
+where idempotency.expires_at > ?2
+    or message.state in (0, 1, 2, 5)";
+
+// Lives on: message_id, then the primary key of content.
+const KNOWN_NAMES: &str = "\
+select message.queue_id, message.id, message.enqueued_at, content.deliver_at
+from json_each(?) as wanted
+cross join message on message.id = unhex(wanted.value)
+cross join content on content.seq = message.seq";
+
+impl Plan<'_> {
+    async fn load_keys(
+        &mut self,
+        desk: &mut Desk,
+        messages: &[&NewMessage],
+        calls: &[&Enqueue],
+    ) -> sqlx::Result<()> {
+        let mut wanted = Vec::new();
+        for message in messages.iter().filter(|message| !message.keys.is_empty()) {
+            let Some(queue) = desk.queues.named(&message.queue) else { continue };
+            wanted.extend(message.keys.iter().map(|key| (queue.id, rows::hex(&key.key))));
+        }
+        let batches = calls.iter().filter_map(|call| call.batch.zip(batch_queue(desk, call)));
+        wanted.extend(batches.map(|(key, queue_id)| (queue_id, rows::hex(&key.key))));
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let known = query(KNOWN_KEYS).bind(rows::json(&wanted)).bind(desk.now);
+        for row in known.fetch_all(&mut desk.connection).await? {
+            let seq: i64 = row.try_get("seq")?;
+            let answer = if seq == 0 { None } else { Some(receipt(desk, &row)?) };
+            let known = Known { fingerprint: bytes(row.try_get("fingerprint")?)?, answer };
+            self.known.insert((row.try_get("queue_id")?, bytes(row.try_get("key")?)?), known);
+        }
+        Ok(())
+    }
+
+    async fn load_counts(&mut self, desk: &mut Desk, messages: &[&NewMessage]) -> sqlx::Result<()> {
+        for message in messages {
+            let Some(queue) = desk.queues.named(&message.queue).cloned() else { continue };
+            if queue.settings.max_messages.is_some() && !self.unsettled.contains_key(&queue.id) {
+                let unsettled = desk.unsettled_before(queue.id).await?;
+                self.unsettled.insert(queue.id, unsettled);
+            }
+        }
+        Ok(())
+    }
+
+    async fn load_names(&mut self, desk: &mut Desk, messages: &[&NewMessage]) -> sqlx::Result<()> {
+        let names = messages.iter().map(|message| rows::hex(message.id.0.as_bytes()));
+        let names = rows::json(&names.collect::<Vec<_>>());
+        for row in query(KNOWN_NAMES).bind(names).fetch_all(&mut desk.connection).await? {
+            let receipt = receipt(desk, &row)?;
+            self.named.insert(receipt.id, receipt);
+        }
+        Ok(())
+    }
+}
+
+/// The first answer, made again from what was kept of it.
+fn receipt(desk: &Desk, row: &sqlx::sqlite::SqliteRow) -> sqlx::Result<Receipt> {
+    let queue = desk.queues.numbered(row.try_get("queue_id")?);
+    let queue = queue.ok_or_else(|| super::fault::unreadable("a queue's number is unknown"))?;
+    let (enqueued_at, deliver_at) = (row.try_get("enqueued_at")?, row.try_get("deliver_at")?);
+    Ok(Receipt {
+        id: rows::message_id(row)?,
+        queue: queue.name.clone(),
+        state: rows::waiting_state(deliver_at, enqueued_at),
+        enqueued_at: rows::moment(enqueued_at)?,
+        deliver_at: rows::moment(deliver_at)?,
+    })
+}
+
+fn bytes<const N: usize>(bytes: &[u8]) -> sqlx::Result<[u8; N]> {
+    bytes.try_into().map_err(|_| super::fault::unreadable("a key has another length"))
+}
+
+/// The statements of this file.
+pub(super) fn statements() -> impl Iterator<Item = &'static str> {
+    let inserts = [INSERT_MESSAGES, INSERT_CONTENTS, INSERT_KEYS];
+    let inserts = inserts.into_iter().flatten().map(|(_, text)| text);
+    inserts.chain([KNOWN_KEYS, KNOWN_NAMES])
+}

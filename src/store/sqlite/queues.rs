@@ -1,0 +1,233 @@
+//! Queues, and whether they and the pump are to run.
+
+use sqlx::sqlite::SqliteRow;
+use sqlx::{Row, SqliteExecutor, query, query_scalar};
+
+use crate::model::{QueueName, QueueRecord, QueueSettings, RunState};
+
+use super::super::{DeleteQueue, Precondition, PumpRecord, PutQueue};
+use super::desk::Desk;
+use super::fault::unreadable;
+use super::rows;
+
+// Lives on: queue, read whole; there are few.
+const ALL: &str = "\
+select id, name, settings, state
+from queue
+order by name";
+
+// Lives on: the unique index on the name of queue.
+const ONE: &str = "\
+select id, name, settings, state
+from queue
+where name = ?";
+
+/// All queues, by name.
+pub(super) async fn all(reader: impl SqliteExecutor<'_>) -> sqlx::Result<Vec<QueueRecord>> {
+    query(ALL).fetch_all(reader).await?.iter().map(record).collect()
+}
+
+/// One queue.
+pub(super) async fn one(
+    reader: impl SqliteExecutor<'_>,
+    name: &QueueName,
+) -> sqlx::Result<Option<QueueRecord>> {
+    let row = query(ONE).bind(name.as_str().to_owned()).fetch_optional(reader).await?;
+    row.as_ref().map(record).transpose()
+}
+
+// Lives on: the unique index on the name of queue.
+const PUT: &str = "\
+insert into queue (name, settings, state)
+values (?, ?, ?)
+on conflict (name) do update
+set settings = excluded.settings";
+
+/// Makes a queue, or replaces its settings, if the precondition holds.
+pub(super) async fn put(
+    desk: &mut Desk,
+    name: &QueueName,
+    settings: QueueSettings,
+    precondition: &Precondition,
+) -> sqlx::Result<PutQueue> {
+    let before = one(&mut desk.connection, name).await?;
+    let etag = before.as_ref().map(|queue| queue.settings.etag());
+    if !precondition.holds(etag.as_deref()) {
+        return Ok(PutQueue::PreconditionFailed);
+    }
+    let state = before.as_ref().map(|queue| queue.state.clone()).unwrap_or_default();
+    query(PUT)
+        .bind(name.as_str().to_owned())
+        .bind(text(&settings))
+        .bind(text(&state))
+        .execute(&mut desk.connection)
+        .await?;
+    changed(desk).await?;
+    let is_new = before.is_none();
+    let record = QueueRecord { name: name.clone(), settings, state };
+    Ok(if is_new { PutQueue::Created(record) } else { PutQueue::Replaced(record) })
+}
+
+// Lives on: the primary key of tally.
+const UNFINISHED: &str = "\
+select coalesce(sum(n), 0)
+from tally
+where queue_id = ? and state in (0, 1, 2, 5)";
+
+// Lives on: message_listed, then the primary key of delivery.
+const DELETE_DELIVERIES: &str = "\
+delete from delivery
+where seq in (select seq from message indexed by message_listed where queue_id = ?)";
+
+// Lives on: message_listed, then the primary key of content.
+const DELETE_CONTENTS: &str = "\
+delete from content
+where seq in (select seq from message indexed by message_listed where queue_id = ?)";
+
+// Lives on: message_listed.
+const DELETE_MESSAGES: &str = "\
+delete from message indexed by message_listed
+where queue_id = ?";
+
+// Lives on: the primary key of idempotency.
+const DELETE_KEYS: &str = "\
+delete from idempotency
+where queue_id = ?";
+
+// Lives on: the primary key of tally.
+const DELETE_TALLY: &str = "\
+delete from tally
+where queue_id = ?";
+
+// Lives on: the primary key of queue.
+const DELETE: &str = "\
+delete from queue
+where id = ?";
+
+/// Deletes a queue with all that is in it, if it may go.
+pub(super) async fn delete(
+    desk: &mut Desk,
+    name: &QueueName,
+    force: bool,
+    precondition: &Precondition,
+) -> sqlx::Result<DeleteQueue> {
+    let Some(queue) = desk.queues.named(name).cloned() else {
+        return Ok(DeleteQueue::NoSuchQueue);
+    };
+    if !precondition.holds(Some(&queue.settings.etag())) {
+        return Ok(DeleteQueue::PreconditionFailed);
+    }
+    let unfinished = query_scalar::<_, i64>(UNFINISHED).bind(queue.id);
+    if !force && unfinished.fetch_one(&mut desk.connection).await? > 0 {
+        return Ok(DeleteQueue::NotEmpty);
+    }
+    let everything =
+        [DELETE_DELIVERIES, DELETE_CONTENTS, DELETE_MESSAGES, DELETE_KEYS, DELETE_TALLY, DELETE];
+    for text in everything {
+        query(text).bind(queue.id).execute(&mut desk.connection).await?;
+    }
+    changed(desk).await?;
+    Ok(DeleteQueue::Deleted)
+}
+
+// Lives on: the unique index on the name of queue.
+const SET_QUEUE_STATE: &str = "\
+update queue
+set state = ?
+where name = ?";
+
+// Lives on: the primary key of pump.
+const SET_PUMP_STATE: &str = "\
+update pump
+set state = ?
+where id = 1";
+
+/// Starts or stops a queue, or the whole pump. `false` where there is no such queue.
+pub(super) async fn set_run_state(
+    desk: &mut Desk,
+    queue: Option<&QueueName>,
+    state: &RunState,
+) -> sqlx::Result<bool> {
+    let set = match queue {
+        Some(name) => query(SET_QUEUE_STATE).bind(text(state)).bind(name.as_str().to_owned()),
+        None => query(SET_PUMP_STATE).bind(text(state)),
+    };
+    let found = set.execute(&mut desk.connection).await?.rows_affected() > 0;
+    if found {
+        changed(desk).await?;
+    }
+    Ok(found)
+}
+
+// Lives on: the primary key of pump.
+const PUMP: &str = "\
+select state, ceiling
+from pump
+where id = 1";
+
+/// Whether the whole pump is to run, and its ceiling.
+pub(super) async fn pump(reader: impl SqliteExecutor<'_>) -> sqlx::Result<PumpRecord> {
+    let row = query(PUMP).fetch_one(reader).await?;
+    Ok(PumpRecord { state: run_state(&row)?, ceiling: row.try_get("ceiling")? })
+}
+
+// Lives on: the primary key of pump.
+const SET_CEILING: &str = "\
+update pump
+set ceiling = ?
+where id = 1";
+
+/// Sets the ceiling over all queues.
+pub(super) async fn set_ceiling(desk: &mut Desk, ceiling: u32) -> sqlx::Result<()> {
+    query(SET_CEILING).bind(ceiling).execute(&mut desk.connection).await?;
+    changed(desk).await
+}
+
+// Lives on: the primary key of pump.
+const NEXT_REVISION: &str = "\
+update pump
+set revision = revision + 1
+where id = 1";
+
+async fn changed(desk: &mut Desk) -> sqlx::Result<()> {
+    query(NEXT_REVISION).execute(&mut desk.connection).await?;
+    desk.queues_change();
+    Ok(())
+}
+
+fn record(row: &SqliteRow) -> sqlx::Result<QueueRecord> {
+    let settings = serde_json::from_str(row.try_get("settings")?);
+    Ok(QueueRecord {
+        name: rows::queue_name(row.try_get("name")?)?,
+        settings: settings.map_err(|_| unreadable("a queue's settings are unknown"))?,
+        state: run_state(row)?,
+    })
+}
+
+fn run_state(row: &SqliteRow) -> sqlx::Result<RunState> {
+    let state = serde_json::from_str(row.try_get("state")?);
+    state.map_err(|_| unreadable("a state of run is unknown"))
+}
+
+fn text(value: &impl serde::Serialize) -> String {
+    serde_json::to_string(value).expect("settings are plain data, which is always JSON")
+}
+
+/// The statements of this file.
+pub(super) const STATEMENTS: &[&str] = &[
+    ALL,
+    ONE,
+    PUT,
+    UNFINISHED,
+    DELETE_DELIVERIES,
+    DELETE_CONTENTS,
+    DELETE_MESSAGES,
+    DELETE_KEYS,
+    DELETE_TALLY,
+    DELETE,
+    SET_QUEUE_STATE,
+    SET_PUMP_STATE,
+    PUMP,
+    SET_CEILING,
+    NEXT_REVISION,
+];

@@ -1,0 +1,208 @@
+//! Writing what became of leased messages, where the lease still holds.
+
+use std::collections::HashMap;
+
+use sqlx::{Row, query};
+
+use crate::model::{DeliveryRecord, NewMessage, Settlement, State};
+
+use super::super::{Enqueued, Error, Result, Settle, Settled};
+use super::desk::Desk;
+use super::enqueue::Plan;
+use super::rows::{self, Insert, Statement, four, insert};
+
+/// Settles one after the other, as if each were alone; what handlers sent goes into the plan.
+///
+/// A settlement that is refused for what it wanted to send is an error of its own and changes nothing.
+pub(super) async fn settle<'a>(
+    desk: &mut Desk,
+    plan: &mut Plan<'a>,
+    settles: &[&'a Settle],
+) -> sqlx::Result<Vec<Result<Settled>>> {
+    if settles.is_empty() {
+        return Ok(Vec::new());
+    }
+    let mut held = load_held(desk, settles).await?;
+    let mut answers = Vec::with_capacity(settles.len());
+    let mut changes = Changes::default();
+    for settle in settles {
+        answers.push(decide(desk, plan, &mut held, &mut changes, settle));
+    }
+    write(desk, changes).await?;
+    Ok(answers)
+}
+
+/// A message that is leased, as far as settling needs it.
+struct Held {
+    id: Vec<u8>,
+    queue_id: i64,
+    token: i64,
+    enqueued_at: i64,
+    due_at: i64,
+}
+
+// Lives on: the primary key of message.
+const HELD: &str = "\
+select message.seq, message.id, message.queue_id, message.token, message.enqueued_at,
+    message.due_at
+from json_each(?1) as wanted
+cross join message on message.seq = wanted.value
+where message.state = 2
+    and message.lease_until > ?2";
+
+async fn load_held(desk: &mut Desk, settles: &[&Settle]) -> sqlx::Result<HashMap<i64, Held>> {
+    let wanted = rows::list(settles.iter().map(|settle| settle.lease.seq));
+    let found = query(HELD).bind(wanted).bind(desk.now).fetch_all(&mut desk.connection).await?;
+    let mut held = HashMap::with_capacity(found.len());
+    for row in found {
+        let message = Held {
+            id: row.try_get("id")?,
+            queue_id: row.try_get("queue_id")?,
+            token: row.try_get("token")?,
+            enqueued_at: row.try_get("enqueued_at")?,
+            due_at: row.try_get("due_at")?,
+        };
+        held.insert(row.try_get("seq")?, message);
+    }
+    Ok(held)
+}
+
+fn decide<'a>(
+    desk: &mut Desk,
+    plan: &mut Plan<'a>,
+    held: &mut HashMap<i64, Held>,
+    changes: &mut Changes<'a>,
+    settle: &'a Settle,
+) -> Result<Settled> {
+    let lease = &settle.lease;
+    let is_held = |message: &Held| {
+        message.token == lease.token.0 && message.id == lease.id.0.as_bytes().as_slice()
+    };
+    if !held.get(&lease.seq).is_some_and(is_held) {
+        return Ok(Settled::LeaseLost);
+    }
+    if settle.settlement == Settlement::Ack {
+        send(desk, plan, &settle.sent)?;
+    }
+    // Out of the map: whoever comes second in this transaction has lost the lease.
+    let message = held.remove(&lease.seq).expect("it was there a moment ago");
+    let state = changes.add(desk.now, lease.seq, &message, &settle.settlement);
+    changes.deliveries.extend(settle.delivery.iter().map(|record| (lease.seq, record)));
+    desk.moved(message.queue_id, State::Leased, state);
+    Ok(Settled::Done { age: rows::since(message.enqueued_at, desk.now) })
+}
+
+/// Takes in what a handler sent: all of it or nothing.
+fn send<'a>(desk: &mut Desk, plan: &mut Plan<'a>, sent: &'a [NewMessage]) -> Result<()> {
+    let mark = plan.mark();
+    for message in sent {
+        if let Enqueued::Refused(refusal) = plan.take_in(desk, message) {
+            plan.undo(desk, mark);
+            let what = format!("a message sent by a handler was refused: {refusal:?}");
+            return Err(Error::Refused { what });
+        }
+    }
+    Ok(())
+}
+
+/// What is to be written, sorted by statement.
+#[derive(Default)]
+struct Changes<'a> {
+    acked: Vec<i64>,
+    /// Seq, state, due time, failures to add, end, reason.
+    others: Vec<(i64, i16, i64, i64, Option<i64>, Option<&'a str>)>,
+    deliveries: Vec<(i64, &'a DeliveryRecord)>,
+}
+
+impl<'a> Changes<'a> {
+    /// Adds a settlement, and says in which state it leaves the message.
+    fn add(&mut self, now: i64, seq: i64, held: &Held, settlement: &'a Settlement) -> State {
+        let (state, due_at, failures, reason) = match settlement {
+            Settlement::Ack => {
+                self.acked.push(seq);
+                return State::Completed;
+            }
+            Settlement::Retry { after } => {
+                let due_at = rows::after(now, *after);
+                (rows::waiting_state(due_at, now), due_at, 1, None)
+            }
+            Settlement::DeadLetter { reason } => {
+                (State::Dead, held.due_at, 1, Some(reason.as_str()))
+            }
+            Settlement::Discard { reason } => {
+                (State::Discarded, held.due_at, 0, Some(reason.as_str()))
+            }
+            // It keeps its due time, so that it goes first again.
+            Settlement::Release => (State::Ready, held.due_at, 0, None),
+        };
+        let finished_at = (!state.waits()).then_some(now);
+        self.others.push((seq, state.code(), due_at, failures, finished_at, reason));
+        state
+    }
+}
+
+// Lives on: the primary key of message. Leaves message_leased for message_ended.
+const ACK: &str = "\
+update message
+set state = 3, finished_at = ?2
+where seq in (select value from json_each(?1))";
+
+// Lives on: the primary key of message. Leaves message_leased for the index of the new state.
+const SETTLE: &str = "\
+update message
+set state = settled.value ->> 1, due_at = settled.value ->> 2,
+    failures = message.failures + (settled.value ->> 3), finished_at = settled.value ->> 4,
+    reason = settled.value ->> 5
+from json_each(?) as settled
+where message.seq = settled.value ->> 0";
+
+async fn write(desk: &mut Desk, changes: Changes<'_>) -> sqlx::Result<()> {
+    if !changes.acked.is_empty() {
+        let acked = query(ACK).bind(rows::list(changes.acked)).bind(desk.now);
+        acked.execute(&mut desk.connection).await?;
+    }
+    if !changes.others.is_empty() {
+        let others = query(SETTLE).bind(rows::json(&changes.others));
+        others.execute(&mut desk.connection).await?;
+    }
+    record_deliveries(desk, &changes.deliveries).await
+}
+
+// Lives on: the primary key of delivery, near its end. An attempt has one record: the last word counts.
+const INSERT_DELIVERIES: Insert = insert!(
+    "\
+insert or replace into delivery (
+    seq, number, replica, started_at, duration, outcome, status, error_kind, error, answer
+)
+values\n",
+    "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    ""
+);
+
+/// Keeps what is to be remembered of deliveries.
+pub(super) async fn record_deliveries(
+    desk: &mut Desk,
+    deliveries: &[(i64, &DeliveryRecord)],
+) -> sqlx::Result<()> {
+    rows::insert_all(&mut desk.connection, &INSERT_DELIVERIES, deliveries, bind_delivery).await
+}
+
+fn bind_delivery(statement: Statement, (seq, record): &(i64, &DeliveryRecord)) -> Statement {
+    statement
+        .bind(*seq)
+        .bind(i64::from(record.number))
+        .bind(record.replica.as_str().to_owned())
+        .bind(rows::micros(record.started_at))
+        .bind(rows::span(record.duration))
+        .bind(record.outcome.as_str())
+        .bind(record.status.map(i64::from))
+        .bind(record.error_kind.map(|kind| kind.as_str()))
+        .bind(record.error.clone())
+        .bind(record.answer.to_vec())
+}
+
+/// The statements of this file.
+pub(super) fn statements() -> impl Iterator<Item = &'static str> {
+    let inserts = INSERT_DELIVERIES.into_iter().map(|(_, text)| text);
+    inserts.chain([HELD, ACK, SETTLE])
+}

@@ -1,0 +1,199 @@
+//! The operator's hand on single messages: amend, redrive, delete, purge.
+
+use sqlx::{Row, query, query_scalar};
+
+use crate::model::{MessageId, QueueName, State};
+
+use super::super::{Amended, Amendment};
+use super::desk::Desk;
+use super::listing;
+use super::rows;
+
+/// Cancels, hurries or postpones a message that waits.
+pub(super) async fn amend(
+    desk: &mut Desk,
+    id: MessageId,
+    amendment: Amendment,
+) -> sqlx::Result<Amended> {
+    let Some(found) = find(desk, id).await? else { return Ok(Amended::NoSuchMessage) };
+    if !found.state.waits() {
+        return Ok(Amended::Not(found.state));
+    }
+    let state = match amendment {
+        Amendment::Cancel => cancel(desk, &found).await?,
+        Amendment::RunNow => run_now(desk, &found).await?,
+        Amendment::Reschedule(when) => {
+            let due_at = rows::resolve(when, desk.now);
+            reschedule(desk, &found, due_at).await?
+        }
+    };
+    desk.moved(found.queue_id, found.state, state);
+    done(desk, id).await
+}
+
+struct Found {
+    seq: i64,
+    queue_id: i64,
+    state: State,
+}
+
+// Lives on: message_id.
+const FIND: &str = "\
+select seq, queue_id, state
+from message
+where id = ?";
+
+async fn find(desk: &mut Desk, id: MessageId) -> sqlx::Result<Option<Found>> {
+    let found = query(FIND).bind(id.0.as_bytes().to_vec());
+    let Some(row) = found.fetch_optional(&mut desk.connection).await? else { return Ok(None) };
+    let (seq, queue_id) = (row.try_get("seq")?, row.try_get("queue_id")?);
+    Ok(Some(Found { seq, queue_id, state: rows::state(row.try_get("state")?)? }))
+}
+
+async fn done(desk: &mut Desk, id: MessageId) -> sqlx::Result<Amended> {
+    let record = listing::record(&mut desk.connection, id).await?;
+    Ok(record.map_or(Amended::NoSuchMessage, |(_, record)| Amended::Done(record)))
+}
+
+// Lives on: the primary key of message.
+const CANCEL: &str = "\
+update message
+set state = 7, urgent = 0, finished_at = ?2, reason = 'cancelled while it waited'
+where seq = ?1";
+
+async fn cancel(desk: &mut Desk, found: &Found) -> sqlx::Result<State> {
+    let cancel = query(CANCEL).bind(found.seq).bind(desk.now);
+    cancel.execute(&mut desk.connection).await?;
+    Ok(State::Cancelled)
+}
+
+// Lives on: the primary key of message. What is ready keeps its place in the order.
+const RUN_NOW: &str = "\
+update message
+set due_at = case state when 1 then ?2 else due_at end, state = 0, urgent = 1
+where seq = ?1";
+
+async fn run_now(desk: &mut Desk, found: &Found) -> sqlx::Result<State> {
+    let run_now = query(RUN_NOW).bind(found.seq).bind(desk.now);
+    run_now.execute(&mut desk.connection).await?;
+    Ok(State::Ready)
+}
+
+// Lives on: the primary key of message.
+const RESCHEDULE: &str = "\
+update message
+set state = ?2, due_at = ?3, urgent = 0
+where seq = ?1";
+
+async fn reschedule(desk: &mut Desk, found: &Found, due_at: i64) -> sqlx::Result<State> {
+    let state = rows::waiting_state(due_at, desk.now);
+    let reschedule = query(RESCHEDULE).bind(found.seq).bind(state.code()).bind(due_at);
+    reschedule.execute(&mut desk.connection).await?;
+    Ok(state)
+}
+
+// Lives on: the primary key of message. Leaves message_dead and message_ended for message_ready.
+// Only what is still dead, because the list was made before this transaction.
+const REDRIVE: &str = "\
+update message
+set state = 0, due_at = ?2, failures = 0, crashes = 0, finished_at = null, reason = null
+where seq in (select value from json_each(?1))
+    and state = 5
+returning seq, queue_id, id";
+
+/// Makes these dead letters ready again, in this order; what is no longer dead is passed over.
+pub(super) async fn redrive(desk: &mut Desk, dead: &[i64]) -> sqlx::Result<Vec<MessageId>> {
+    let redrive = query(REDRIVE).bind(rows::list(dead.iter().copied())).bind(desk.now);
+    let mut redriven = Vec::new();
+    for row in redrive.fetch_all(&mut desk.connection).await? {
+        let (seq, queue_id): (i64, i64) = (row.try_get("seq")?, row.try_get("queue_id")?);
+        desk.moved(queue_id, State::Dead, State::Ready);
+        redriven.push((seq, rows::message_id(&row)?));
+    }
+    redriven.sort_unstable_by_key(|(seq, _)| *seq);
+    Ok(redriven.into_iter().map(|(_, id)| id).collect())
+}
+
+/// Deletes a dead letter, its payload and its history.
+pub(super) async fn delete_dead(desk: &mut Desk, id: MessageId) -> sqlx::Result<Amended> {
+    let Some(found) = find(desk, id).await? else { return Ok(Amended::NoSuchMessage) };
+    if found.state != State::Dead {
+        return Ok(Amended::Not(found.state));
+    }
+    let was = done(desk, id).await?;
+    delete(desk, &[found.seq]).await?;
+    desk.went(found.queue_id, State::Dead);
+    Ok(was)
+}
+
+// Lives on: message_ready.
+const WAITING_READY: &str = "\
+select seq
+from message indexed by message_ready
+where queue_id = ? and state = 0
+limit ?";
+
+// Lives on: message_scheduled.
+const WAITING_SCHEDULED: &str = "\
+select seq
+from message indexed by message_scheduled
+where queue_id = ? and state = 1
+limit ?";
+
+/// Deletes at most `max` of what waits in a queue, and says how many.
+pub(super) async fn purge(desk: &mut Desk, queue: &QueueName, max: usize) -> sqlx::Result<u64> {
+    let Some(queue) = desk.queues.named(queue).cloned() else { return Ok(0) };
+    let mut purged = 0;
+    for (text, state) in [(WAITING_READY, State::Ready), (WAITING_SCHEDULED, State::Scheduled)] {
+        let left = i64::try_from(max - purged).unwrap_or(i64::MAX);
+        let waiting = query_scalar::<_, i64>(text).bind(queue.id).bind(left);
+        let waiting = waiting.fetch_all(&mut desk.connection).await?;
+        delete(desk, &waiting).await?;
+        for _ in &waiting {
+            desk.went(queue.id, state);
+        }
+        purged += waiting.len();
+    }
+    Ok(purged as u64)
+}
+
+// Lives on: the primary key of delivery.
+const DELETE_DELIVERIES: &str = "\
+delete from delivery
+where seq in (select value from json_each(?))";
+
+// Lives on: the primary key of content.
+const DELETE_CONTENTS: &str = "\
+delete from content
+where seq in (select value from json_each(?))";
+
+// Lives on: the primary key of message.
+const DELETE_MESSAGES: &str = "\
+delete from message
+where seq in (select value from json_each(?))";
+
+/// Deletes messages with their payloads and their history; their keys stay.
+pub(super) async fn delete(desk: &mut Desk, messages: &[i64]) -> sqlx::Result<()> {
+    if messages.is_empty() {
+        return Ok(());
+    }
+    let messages = rows::list(messages.iter().copied());
+    for text in [DELETE_DELIVERIES, DELETE_CONTENTS, DELETE_MESSAGES] {
+        query(text).bind(messages.clone()).execute(&mut desk.connection).await?;
+    }
+    Ok(())
+}
+
+/// The statements of this file.
+pub(super) const STATEMENTS: &[&str] = &[
+    FIND,
+    CANCEL,
+    RUN_NOW,
+    RESCHEDULE,
+    REDRIVE,
+    WAITING_READY,
+    WAITING_SCHEDULED,
+    DELETE_DELIVERIES,
+    DELETE_CONTENTS,
+    DELETE_MESSAGES,
+];

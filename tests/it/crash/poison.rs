@@ -1,0 +1,95 @@
+//! Messages that harm: one that kills its process, and one whose row cannot be read.
+
+use std::time::Duration;
+
+use serde_json::json;
+use sqlx::{Connection, Executor, PgConnection, SqliteConnection};
+
+use crate::support::client::text;
+use crate::support::process::Database;
+use crate::support::receiver::Mood;
+use crate::support::scene::Scene;
+use crate::support::{eventually, on_both};
+
+on_both! {
+    a_message_that_kills_its_process_ends_as_a_dead_letter
+    a_row_that_cannot_be_read_becomes_a_dead_letter_and_the_next_is_delivered
+}
+
+async fn a_message_that_kills_its_process_ends_as_a_dead_letter(database: Database) {
+    let mut scene = Scene::with_flags(database, &["--replica", "one"]).await;
+    let recovery = json!({"max_crashes": 3, "max_attempts": 1});
+    scene.queue_with("q", json!({"concurrency": {"limit": 1}, "recovery": recovery})).await;
+    scene.receiver.set(
+        "/q",
+        Mood::by(|delivery| match &delivery.body[..] {
+            b"deadly" => Mood::Hang,
+            _ => Mood::ack(),
+        }),
+    );
+    let deadly = scene.client.send("q", "deadly").await;
+    let healthy = scene.client.send("q", "healthy").await;
+    for crash in 1..=3 {
+        eventually("it is delivered", async || {
+            scene.receiver.deliveries_of(&deadly).len() == crash
+        })
+        .await;
+        scene.process.kill_hard().await;
+        scene.restart().await;
+    }
+    eventually("it is dead", async || scene.client.state(&deadly).await == "dead").await;
+    eventually("the next one is done", async || scene.client.state(&healthy).await == "completed")
+        .await;
+    let message = scene.client.message(&deadly).await;
+    let outcomes = message["deliveries"].as_array().expect("deliveries").iter();
+    let outcomes = outcomes.map(|delivery| text(delivery, "/outcome")).collect::<Vec<_>>();
+    assert_eq!(outcomes, ["lease_lost"; 3], "{message}");
+    assert_eq!(scene.receiver.deliveries_of(&deadly).len(), 3);
+    let dead = scene.client.all("/admin/v1/dead-letters?queue=q").await;
+    assert_eq!(text(&dead[0], "/id"), deadly);
+    assert!(!text(&dead[0], "/reason").is_empty(), "{dead:?}");
+}
+
+async fn a_row_that_cannot_be_read_becomes_a_dead_letter_and_the_next_is_delivered(
+    database: Database,
+) {
+    let mut scene = Scene::with_flags(database, &["--replica", "one"]).await;
+    scene.queue_with("q", json!({"concurrency": {"limit": 0}})).await;
+    let broken = scene.client.send("q", "broken").await;
+    let whole = scene.client.send("q", "whole").await;
+    scene.process.terminate().await;
+    scene.process.exit_within(Duration::from_secs(10)).await;
+    break_the_first_row(&scene.database).await;
+    scene.restart().await;
+    scene.client.patch_queue("q", &json!({"concurrency": {"limit": 1}})).await;
+    eventually("the next one is done", async || scene.client.state(&whole).await == "completed")
+        .await;
+    eventually("the broken one is dead", async || {
+        let dead = scene.client.all("/admin/v1/dead-letters?queue=q").await;
+        dead.iter().any(|letter| text(letter, "/id") == broken)
+    })
+    .await;
+    assert_eq!(scene.receiver.count("/q"), 1, "what cannot be read is not delivered");
+    scene.client.get("/readyz").await.expect(200);
+}
+
+async fn break_the_first_row(database: &Database) {
+    let statement =
+        "update content set details = '{broken' where seq = (select min(seq) from content)";
+    let url = database.url();
+    let changed = match database {
+        Database::Sqlite(_) => {
+            let mut connection = SqliteConnection::connect(&url).await.expect("it can be opened");
+            let done = connection.execute(statement).await.expect("there is such a table");
+            connection.close().await.expect("it can be closed");
+            done.rows_affected()
+        }
+        Database::Postgres(_) => {
+            let mut connection = PgConnection::connect(&url).await.expect("it can be opened");
+            let done = connection.execute(statement).await.expect("there is such a table");
+            connection.close().await.expect("it can be closed");
+            done.rows_affected()
+        }
+    };
+    assert_eq!(changed, 1);
+}

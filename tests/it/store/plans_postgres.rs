@@ -1,0 +1,89 @@
+//! Whether every statement of the Postgres store can be prepared, and lives on an index where tables are big.
+
+use std::time::Duration;
+
+use pumphouse::store::{Postgres, Store};
+use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
+
+use crate::support::postgres::fresh_database;
+
+/// Tables that grow with the number of messages. What is not in here stays small.
+const BIG: [&str; 8] =
+    ["message", "content", "ready", "scheduled", "lease", "delivery", "idempotency", "dead"];
+
+/// Rows in every big table, spread over sixty queues.
+const FILL: &str = "
+    insert into queue (name, settings, state, max_crashes, dedup_window, retention_completed, retention_dead)
+    select 'q' || n, '{}', '{}', 20, 1, 1, 1 from generate_series(1, 60) as n;
+    insert into message (seq, id, queue_id, state, rank, due_at, attempts, failures, crashes, enqueued_at, size)
+    select n, md5(n::text)::uuid, n % 60 + 1, case when n % 3 = 0 then 5 else 0 end, 0, n, 0, 0, 0, n, 1
+    from generate_series(1, 60000) as n;
+    insert into content (seq, deliver_at, details, body) select seq, due_at, '{}', 'body' from message;
+    insert into ready (queue_id, rank, due_at, seq, urgent, expires_at)
+    select queue_id, rank, due_at, seq, seq % 100 = 0, case when seq % 10 = 0 then seq end from message where seq <= 20000;
+    insert into scheduled (queue_id, rank, due_at, seq, expires_at)
+    select queue_id, rank, due_at, seq, case when seq % 10 = 0 then seq end from message where seq between 20001 and 40000;
+    insert into lease (seq, token, incarnation, leased_at, until, queue_id, attempt, replica)
+    select seq, seq, seq % 5, seq, seq, queue_id, 1, 'r' || seq % 5 from message where seq > 40000;
+    insert into dead (seq, finished_at, queue_id) select seq, seq, queue_id from message;
+    insert into ended (seq, finished_at, queue_id) select seq, seq, queue_id from message;
+    insert into delivery (seq, number, replica, started_at, duration, outcome, answer)
+    select seq, 1, 'r', seq, 1, 'acked', '' from message;
+    insert into idempotency (queue_id, key, fingerprint, seq, id, enqueued_at, deliver_at, expires_at, sweep_at)
+    select queue_id, decode(md5(seq::text), 'hex'), '', seq, id, seq, seq, seq, seq from message;
+    insert into replica (name, incarnation, seen_at, good_for) select 'r' || n, n, n, 1 from generate_series(1, 5) as n;
+    delete from tally;
+    analyze;";
+
+#[tokio::test]
+async fn every_statement_is_prepared_and_none_reads_a_big_table_whole() {
+    let url = fresh_database().await;
+    Postgres::migrate(&url).await.unwrap();
+    let mut connection = PgConnection::connect(&url).await.unwrap();
+    connection.execute("set search_path = pumphouse").await.unwrap();
+    connection.execute(FILL).await.unwrap();
+    let mut complaints = Vec::new();
+    for (number, statement) in Postgres::statements().enumerate() {
+        let plan = plan(&mut connection, number, statement).await;
+        for table in BIG {
+            let whole = plan.lines().any(|line| {
+                line.split_once(&format!("Seq Scan on {table}"))
+                    .is_some_and(|(_, rest)| rest.starts_with(' '))
+            });
+            if whole {
+                complaints.push(format!("{table} is read whole:\n{statement}\n{plan}\n"));
+            }
+        }
+    }
+    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
+}
+
+/// The plan for values that are not known: the one that the server may keep for all.
+async fn plan(connection: &mut PgConnection, number: usize, statement: &str) -> String {
+    let name = format!("statement_{number}");
+    let prepare = AssertSqlSafe(format!("prepare {name} as {statement}"));
+    if let Err(error) = connection.execute(prepare).await {
+        panic!("cannot be prepared: {error}\n{statement}");
+    }
+    let count = "select cardinality(parameter_types) from pg_prepared_statements where name = $1";
+    let count: i32 =
+        sqlx::query_scalar(count).bind(&name).fetch_one(&mut *connection).await.unwrap();
+    let nulls = vec!["null"; count as usize].join(", ");
+    let arguments = if count == 0 { String::new() } else { format!("({nulls})") };
+    // Five times with real values is what makes the server keep a plan; this setting does it at once.
+    connection.execute("set plan_cache_mode = force_generic_plan").await.unwrap();
+    let explain = AssertSqlSafe(format!("explain execute {name} {arguments}"));
+    let rows = connection.fetch_all(explain).await.unwrap();
+    rows.iter().map(|row| row.get::<String, _>(0) + "\n").collect()
+}
+
+#[tokio::test]
+async fn a_store_that_is_opened_twice_has_one_schema() {
+    let url = fresh_database().await;
+    let (one, other) = tokio::join!(Postgres::open(&url), Postgres::open(&url));
+    let (one, other) = (one.unwrap(), other.unwrap());
+    one.check().await.unwrap();
+    other.check().await.unwrap();
+    one.close().await;
+    tokio::time::timeout(Duration::from_secs(10), other.close()).await.unwrap();
+}
