@@ -181,9 +181,9 @@ mod memory {
     conformance!(crate::support::stores::memory);
 }
 
-// Each is one line to switch on, with its function in `support/stores.rs`:
-//
-// mod sqlite { conformance!(crate::support::stores::sqlite); }
+mod sqlite {
+    conformance!(crate::support::stores::sqlite);
+}
 
 mod postgres {
     conformance!(crate::support::stores::postgres);

@@ -15,7 +15,6 @@ pub(crate) async fn memory() -> Stage {
 }
 
 /// An empty store in a file of its own, with a clock that moves only when the stage says so.
-#[expect(dead_code, reason = "not switched on yet in `store/mod.rs`")]
 pub(crate) async fn sqlite() -> Stage {
     let directory = tempfile::tempdir().expect("a directory to work in");
     let url = format!("sqlite://{}", directory.path().join("house.db").display());
