@@ -16,6 +16,8 @@ mod queues;
 mod surgery;
 mod listing;
 mod cluster;
+mod plans_sqlite;
+mod one_file;
 mod plans_postgres;
 
 /// How long one promise may take; a store that hangs is a store that fails.
