@@ -20,6 +20,8 @@ mod program;
 mod player;
 mod props;
 mod cluster;
+mod plans_sqlite;
+mod one_file;
 mod plans_postgres;
 
 /// How long one promise may take; a store that hangs is a store that fails.
