@@ -246,6 +246,8 @@ fn put_payload(body: &mut MessageBody, payload: &Bytes) {
     let content_type = body.content_type.as_deref().unwrap_or("");
     let media_type = content_type.split(';').next().unwrap_or("").trim().to_ascii_lowercase();
     let is_json = media_type == "application/json" || media_type.ends_with("+json");
+    // Parsed first, because a value nested deeper than parsers go would make the whole list unreadable.
+    let is_json = is_json && serde_json::from_slice::<serde_json::Value>(payload).is_ok();
     body.payload = is_json.then(|| serde_json::from_slice(payload).ok()).flatten();
     body.payload_base64 = body.payload.is_none().then(|| BASE64_STANDARD.encode(payload));
 }

@@ -266,7 +266,12 @@ impl Batch {
         items.sort_by_key(|(at, _)| *at);
         let status = if atomic { StatusCode::CREATED } else { StatusCode::MULTI_STATUS };
         let items = items.into_iter().map(|(_, item)| item).collect();
-        Ok((status, Json(BatchAnswer { items })).into_response())
+        let mut response = (status, Json(BatchAnswer { items })).into_response();
+        let known = |one: &Enqueued| matches!(one, Enqueued::Duplicate(_));
+        if self.key.is_some() && !done.is_empty() && done.iter().all(known) {
+            response.headers_mut().insert("idempotency-replayed", HeaderValue::from_static("true"));
+        }
+        Ok(response)
     }
 }
 
