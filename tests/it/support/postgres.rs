@@ -31,6 +31,7 @@ pub(crate) async fn start_cluster() -> Cluster {
 /// Settings that make tests fast and forgetful.
 const FAST: &str = "-c fsync=off -c full_page_writes=off -c max_connections=300";
 const DURABLE: &str = "-c max_connections=100";
+const PREFIX: &str = "pumphouse-pg-";
 
 /// One server with its data, in a directory that goes when this value or the process does.
 #[derive(Debug)]
@@ -72,7 +73,11 @@ impl Cluster {
 
     fn make(settings: &'static str) -> Self {
         let programs = Programs::find();
-        let dir = tempfile::Builder::new().prefix("pumphouse-pg-").tempdir();
+        let mut dir = tempfile::Builder::new();
+        let dir = match memory_disk().filter(|_| settings == FAST) {
+            Some(memory) => dir.prefix(PREFIX).tempdir_in(memory),
+            None => dir.prefix(PREFIX).tempdir(),
+        };
         let dir = dir.expect("a temporary directory can be made").keep();
         if let Some((uid, gid)) = programs.user {
             chown(&dir, Some(uid), Some(gid)).expect("root can give a directory away");
@@ -133,6 +138,21 @@ fn serve(programs: &Programs, data: &Path, port: u16, settings: &str) -> bool {
     start.args(["start", "-w", "-t", "60", "-o"]).arg(format!("{listen} {settings}"));
     start.arg("-l").arg(dir.join("server.log")).arg("-D").arg(data);
     start.process_group(0).status().expect("pg_ctl can be run").success()
+}
+
+/// Where files need no disk, if there is room for a database for every test.
+fn memory_disk() -> Option<&'static Path> {
+    const ROOM_KILOBYTES: u64 = 4 << 20;
+    let memory = Path::new("/dev/shm");
+    let free = Command::new("df").arg("-Pk").arg(memory).output().ok()?;
+    let free = String::from_utf8_lossy(&free.stdout)
+        .lines()
+        .nth(1)?
+        .split(' ')
+        .filter(|word| !word.is_empty())
+        .nth(3)?
+        .parse::<u64>();
+    (free.ok()? > ROOM_KILOBYTES).then_some(memory)
 }
 
 fn free_port() -> u16 {
