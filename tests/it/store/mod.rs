@@ -17,6 +17,8 @@ mod surgery;
 mod listing;
 mod cluster;
 mod plans_postgres;
+mod replicas;
+mod adversity;
 
 /// How long one promise may take; a store that hangs is a store that fails.
 const PROMISE_MAX: std::time::Duration = std::time::Duration::from_secs(120);

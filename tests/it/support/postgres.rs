@@ -121,7 +121,8 @@ async fn new_database(server: &str) -> String {
 /// It is the first process of a cluster, so that a test that is killed while the server starts leaves
 /// nothing either: a server whose data directory is gone ends itself.
 fn watch(programs: &Programs, dir: &Path) -> ChildStdin {
-    let script = r#"cat; "$0" stop -w -m fast -D "$1/data"; cd /; rm -rf "$1""#;
+    // A server that is only just starting cannot be stopped yet, so that it is tried more than once.
+    let script = r#"cat; for try in 1 2 3 4 5; do "$0" stop -w -m fast -D "$1/data" && break; sleep 1; done; cd /; rm -rf "$1""#;
     let mut shell = programs.command("sh", dir);
     let pg_ctl = programs.dir.join("pg_ctl");
     shell.args(["-c", script]).arg(pg_ctl).arg(dir).stdin(Stdio::piped());
