@@ -23,6 +23,8 @@ mod cluster;
 mod plans_sqlite;
 mod one_file;
 mod plans_postgres;
+mod replicas;
+mod adversity;
 
 /// How long one promise may take; a store that hangs is a store that fails.
 const PROMISE_MAX: std::time::Duration = std::time::Duration::from_secs(120);

@@ -33,8 +33,12 @@ pub(crate) async fn sqlite_by(clock: &Arc<ManualClock>) -> Stage {
 
 /// An empty database of its own, which goes by the server's clock.
 pub(crate) async fn postgres() -> Stage {
-    let url = super::postgres::fresh_database().await;
-    Stage::real(Arc::new(Postgres::open(&url).await.expect("a new database can be opened")))
+    on_postgres(&super::postgres::fresh_database().await).await
+}
+
+/// A store on a database that others may use as well.
+pub(crate) async fn on_postgres(url: &str) -> Stage {
+    Stage::real(Arc::new(Postgres::open(url).await.expect("the database can be opened")))
 }
 
 /// A clock that stands at the same moment at the start of every test.
