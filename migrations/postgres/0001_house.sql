@@ -191,6 +191,8 @@ create table idempotency (
 );
 
 create index idempotency_sweep on idempotency (sweep_at);
+-- Keys that were found past their window and needed: when their message goes, so may they.
+create index idempotency_needed on idempotency (seq) where sweep_at <> expires_at;
 
 -- Processes that have reported themselves, and what they may have open.
 create table replica (

@@ -10,7 +10,9 @@ use super::books::{Books, Key, Row, after, whole_micros};
 impl Books {
     pub(super) fn enqueue(&mut self, enqueue: Enqueue, now: Timestamp) -> EnqueueOutcome {
         let Enqueue { messages, atomic, batch } = enqueue;
-        let batch = batch.zip(messages.first().map(|first| first.queue.clone()));
+        // A key over a batch lies with the queue of the first message; where there is none, nowhere.
+        let queue = messages.first().map(|first| first.queue.clone());
+        let batch = batch.zip(queue.filter(|queue| self.queues.contains_key(queue)));
         if let Some((key, queue)) = &batch
             && self.key(queue, key, now).is_some_and(|known| known.fingerprint != key.fingerprint)
         {

@@ -15,11 +15,16 @@ use super::fault::Trouble;
 use super::news::Word;
 use super::rows;
 
+/// The most messages one claim takes.
+const CLAIM_MAX: usize = 10_000;
+
 /// Claims messages, and another time for those that could not be read.
 pub(super) async fn lease(house: &Postgres, claim: Claim) -> Result<Vec<Leased>> {
     let mut all = Vec::new();
-    while all.len() < claim.max {
-        let rest = Claim { max: claim.max - all.len(), ..claim.clone() };
+    // Usually once: again only for what could not be read, and never for more than one claim may take.
+    let max = claim.max.min(CLAIM_MAX);
+    while all.len() < max {
+        let rest = Claim { max: max - all.len(), ..claim.clone() };
         let Claimed { leased, unreadable } = claim_once(house, rest).await?;
         all.extend(leased);
         if unreadable.is_empty() {
@@ -64,13 +69,14 @@ taken as (
 ),
 leased as (
     insert into lease (seq, token, incarnation, leased_at, until, queue_id, attempt, replica)
-    select message.seq, $3, $4, clock.now, clock.now + $5, message.queue_id, message.attempts + 1, $6
+    select message.seq, ($3::bigint[])[row_number() over ()], $4, clock.now, clock.now + $5,
+        message.queue_id, message.attempts + 1, $6
     from taken
     join message on message.seq = taken.seq
     cross join clock
-    returning lease.seq, lease.attempt, lease.leased_at
+    returning lease.seq, lease.token, lease.attempt, lease.leased_at
 )
-select leased.seq, leased.attempt as attempts, leased.leased_at, message.id, message.rank,
+select leased.seq, leased.token, leased.attempt as attempts, leased.leased_at, message.id, message.rank,
     message.due_at, message.failures, message.crashes, message.enqueued_at, message.expires_at,
     content.kind, content.correlation_id, content.details, content.body
 from leased
@@ -123,45 +129,41 @@ async fn claim_once(house: &Postgres, claim: Claim) -> Result<Claimed> {
     // Before the statement is sent, so that the holder lets go too early rather than too late.
     let asked = Instant::now();
     let until = asked + claim.duration;
-    let token = new_token();
+    let tokens = (0..claim.max).map(|_| new_token()).collect::<Vec<_>>();
     let incarnation = house.incarnation(&claim.replica);
-    let batch = claim.max;
     let claimed = house.claims.run(move |connection: &mut PgConnection| {
-        let claim = claim.clone();
+        let (claim, tokens) = (claim.clone(), tokens.clone());
         Box::pin(async move {
             let statement = if claim.urgent_only { CLAIM_URGENT } else { CLAIM };
             let rows = query(statement)
                 .bind(claim.queue.as_str())
-                .bind(i64::try_from(claim.max).unwrap_or(i64::MAX))
-                .bind(token.0)
+                .bind(tokens.len() as i64)
+                .bind(tokens)
                 .bind(incarnation)
                 .bind(rows::span(claim.duration))
                 .bind(claim.replica.as_str())
                 .fetch_all(connection)
                 .await?;
-            read(rows, &claim.queue, token, until)
+            read(rows, &claim.queue, until)
         })
     });
     let claimed = claimed.await?;
     metrics::commit_seconds("lease").record(asked.elapsed());
-    metrics::batch_size("lease").record(batch.min(claimed.leased.len()) as f64);
+    metrics::batch_size("lease").record(claimed.leased.len() as f64);
     Ok(claimed)
 }
 
-fn new_token() -> Token {
+/// A token that nobody can guess, one for each message.
+fn new_token() -> i64 {
     let bits = getrandom::u64().expect("the operating system has random numbers");
-    Token(i64::try_from(bits >> 1).expect("63 bits are left"))
+    i64::try_from(bits >> 1).expect("63 bits are left")
 }
 
-fn read(
-    rows: Vec<PgRow>,
-    queue: &QueueName,
-    token: Token,
-    until: Instant,
-) -> Result<Claimed, Trouble> {
+fn read(rows: Vec<PgRow>, queue: &QueueName, until: Instant) -> Result<Claimed, Trouble> {
     let mut claimed = Claimed::default();
     for row in rows {
         let id = rows::message_id(&row)?;
+        let token = Token(row.try_get("token")?);
         let lease = Lease { seq: row.try_get("seq")?, id, token, until };
         match leased(&row, queue, lease.clone()) {
             Ok(leased) => claimed.leased.push(leased),

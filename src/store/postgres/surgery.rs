@@ -126,8 +126,9 @@ const REDRIVE_OF_QUEUE: &str = redrive!(
 );
 const REDRIVE_NAMED: &str = redrive!("message.id = any($6::uuid[])");
 
-/// Deletes messages with all that belongs to them, but for their keys, given the numbers in `gone`.
-/// Lives on: the primary keys of content, delivery and message.
+/// Deletes messages with all that belongs to them, given the numbers in `gone`. Their keys stay, and are
+/// from now on judged by their window alone.
+/// Lives on: the primary keys of content, delivery and message, and idempotency_needed.
 macro_rules! delete_gone {
     () => {
         "\
@@ -138,6 +139,12 @@ contents as (
 deliveries as (
     delete from delivery
     where seq = any(array(select seq from gone))
+),
+unneeded as (
+    update idempotency
+    set sweep_at = expires_at
+    where seq = any(array(select seq from gone))
+        and sweep_at <> expires_at
 ),
 messages as (
     delete from message

@@ -282,7 +282,8 @@ macro_rules! oldest_dead {
 }
 
 // Lives on: message_dead_all, upwards.
-const OLDEST_DEAD: &str = oldest_dead!("message indexed by message_dead_all", "message.state = 5");
+const OLDEST_DEAD: &str =
+    oldest_dead!("message indexed by message_dead_all", "message.state = 5 and message.seq > 0");
 
 // Lives on: message_dead, upwards.
 const OLDEST_DEAD_OF_QUEUE: &str = oldest_dead!(

@@ -109,10 +109,12 @@ fn send<'a>(desk: &mut Desk, plan: &mut Plan<'a>, sent: &'a [NewMessage]) -> Res
 #[derive(Default)]
 struct Changes<'a> {
     acked: Vec<i64>,
-    /// Seq, state, due time, failures to add, end, reason.
-    others: Vec<(i64, i16, i64, i64, Option<i64>, Option<&'a str>)>,
+    others: Vec<Other<'a>>,
     deliveries: Vec<(i64, &'a DeliveryRecord)>,
 }
+
+/// What is no ack: seq, state, due time, failures to add, end, reason.
+type Other<'a> = (i64, i16, i64, i64, Option<i64>, Option<&'a str>);
 
 impl<'a> Changes<'a> {
     /// Adds a settlement, and says in which state it leaves the message.

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use pumphouse::model::{MessageId, NewMessage, Record, Settlement, State};
-use pumphouse::store::{Depth, Filter, Listed, Page};
+use pumphouse::store::{Depth, Filter, Listed, Page, ROWS_LOOKED_AT_MAX};
 
 use crate::support::stage::{
     ALL, LONG, SHORT, Stage, dead_letter, message, message_in, of_queue, queue_name,
@@ -89,6 +89,19 @@ pub(crate) async fn pages_show_each_message_once(stage: Stage) {
     }
     let whole_in_one = page(&stage, ALL, None).await;
     assert_eq!(whole_in_one.next, None, "nothing follows");
+}
+
+pub(crate) async fn a_rare_match_is_found_page_by_page(stage: Stage) {
+    let queue = stage.queue("haystack").await;
+    let rare = NewMessage { kind: Some("a needle".to_owned()), ..message(&queue, "rare") };
+    let rare = stage.send(rare).await.id;
+    // More than one page looks at, so that the first may come back empty and must lead on.
+    for _ in 0..=ROWS_LOOKED_AT_MAX / 1000 {
+        stage.send_all(vec![0; 1000].iter().map(|_| message(&queue, "straw")).collect()).await;
+    }
+    let filter = Filter { kind: Some("a needle".to_owned()), ..Filter::default() };
+    assert_eq!(ids(&stage.list(&filter, 1).await), [rare]);
+    assert_eq!(ids(&stage.list(&filter, ALL).await), [rare]);
 }
 
 pub(crate) async fn a_list_is_stable_while_messages_are_added(stage: Stage) {

@@ -15,8 +15,16 @@ mod upkeep;
 mod queues;
 mod surgery;
 mod listing;
+mod crowds;
+mod program;
+mod player;
+mod props;
 mod cluster;
+mod plans_sqlite;
+mod one_file;
 mod plans_postgres;
+mod replicas;
+mod adversity;
 
 /// How long one promise may take; a store that hangs is a store that fails.
 const PROMISE_MAX: std::time::Duration = std::time::Duration::from_secs(120);
@@ -164,7 +172,13 @@ macro_rules! conformance {
             a_purge_stops_at_its_limit,
             a_purge_keeps_the_keys,
         );
+        keeps!($stage; crowds:
+            in_a_crowd_each_message_is_acked_once,
+            what_comes_and_goes_at_the_same_time_is_counted,
+            after_any_program_depths_are_what_listing_counts,
+        );
         keeps!($stage; listing:
+            a_rare_match_is_found_page_by_page,
             what_is_not_there_is_not_found,
             messages_are_listed_newest_first_as_they_are_found_one_by_one,
             a_filter_shows_what_it_means,

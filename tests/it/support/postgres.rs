@@ -31,6 +31,7 @@ pub(crate) async fn start_cluster() -> Cluster {
 /// Settings that make tests fast and forgetful.
 const FAST: &str = "-c fsync=off -c full_page_writes=off -c max_connections=300";
 const DURABLE: &str = "-c max_connections=100";
+const PREFIX: &str = "pumphouse-pg-";
 
 /// One server with its data, in a directory that goes when this value or the process does.
 #[derive(Debug)]
@@ -72,7 +73,11 @@ impl Cluster {
 
     fn make(settings: &'static str) -> Self {
         let programs = Programs::find();
-        let dir = tempfile::Builder::new().prefix("pumphouse-pg-").tempdir();
+        let mut dir = tempfile::Builder::new();
+        let dir = match memory_disk().filter(|_| settings == FAST) {
+            Some(memory) => dir.prefix(PREFIX).tempdir_in(memory),
+            None => dir.prefix(PREFIX).tempdir(),
+        };
         let dir = dir.expect("a temporary directory can be made").keep();
         if let Some((uid, gid)) = programs.user {
             chown(&dir, Some(uid), Some(gid)).expect("root can give a directory away");
@@ -116,7 +121,8 @@ async fn new_database(server: &str) -> String {
 /// It is the first process of a cluster, so that a test that is killed while the server starts leaves
 /// nothing either: a server whose data directory is gone ends itself.
 fn watch(programs: &Programs, dir: &Path) -> ChildStdin {
-    let script = r#"cat; "$0" stop -w -m fast -D "$1/data"; cd /; rm -rf "$1""#;
+    // A server that is only just starting cannot be stopped yet, so that it is tried more than once.
+    let script = r#"cat; for try in 1 2 3 4 5; do "$0" stop -w -m fast -D "$1/data" && break; sleep 1; done; cd /; rm -rf "$1""#;
     let mut shell = programs.command("sh", dir);
     let pg_ctl = programs.dir.join("pg_ctl");
     shell.args(["-c", script]).arg(pg_ctl).arg(dir).stdin(Stdio::piped());
@@ -133,6 +139,21 @@ fn serve(programs: &Programs, data: &Path, port: u16, settings: &str) -> bool {
     start.args(["start", "-w", "-t", "60", "-o"]).arg(format!("{listen} {settings}"));
     start.arg("-l").arg(dir.join("server.log")).arg("-D").arg(data);
     start.process_group(0).status().expect("pg_ctl can be run").success()
+}
+
+/// Where files need no disk, if there is room for a database for every test.
+fn memory_disk() -> Option<&'static Path> {
+    const ROOM_KILOBYTES: u64 = 4 << 20;
+    let memory = Path::new("/dev/shm");
+    let free = Command::new("df").arg("-Pk").arg(memory).output().ok()?;
+    let free = String::from_utf8_lossy(&free.stdout)
+        .lines()
+        .nth(1)?
+        .split(' ')
+        .filter(|word| !word.is_empty())
+        .nth(3)?
+        .parse::<u64>();
+    (free.ok()? > ROOM_KILOBYTES).then_some(memory)
 }
 
 fn free_port() -> u16 {

@@ -1,0 +1,199 @@
+//! What holds for several replicas' stores on one Postgres database.
+
+use std::collections::HashSet;
+
+use pumphouse::model::{Idempotency, NewMessage, QueueName, ReplicaName, Settlement, State};
+use pumphouse::store::{Attendance, Attended, Claim, EnqueueOutcome, Enqueued, Settled, Want};
+
+use crate::support::postgres::fresh_database;
+use crate::support::stage::{LONG, SHORT, Stage, claim, message, together};
+use crate::support::stores::on_postgres;
+use crate::support::{eventually, heard};
+
+/// Two replicas' stores on one database.
+async fn two() -> (Stage, Stage) {
+    let url = fresh_database().await;
+    (on_postgres(&url).await, on_postgres(&url).await)
+}
+
+fn replica(name: &str) -> ReplicaName {
+    ReplicaName::parse(name).expect("a good name")
+}
+
+fn attendance(name: &str, incarnation: i64, wants: &[(&QueueName, u32, u32)]) -> Attendance {
+    let want = |(queue, limit, open): &(&QueueName, u32, u32)| Want {
+        queue: (*queue).clone(),
+        limit: *limit,
+        shared: true,
+        open: *open,
+    };
+    Attendance {
+        replica: replica(name),
+        incarnation,
+        good_for: LONG,
+        wants: wants.iter().map(want).collect(),
+        leaving: false,
+    }
+}
+
+async fn attend(stage: &Stage, attendance: Attendance) -> Attended {
+    stage.store.attend(attendance).await.unwrap()
+}
+
+fn claim_by(name: &str, queue: &QueueName) -> Claim {
+    Claim { replica: replica(name), ..claim(queue, 1, LONG) }
+}
+
+#[tokio::test]
+async fn what_one_replica_takes_in_another_delivers_once() {
+    let (one, other) = two().await;
+    let queue = one.queue("letters").await;
+    let bodies = (0..200).map(|n| message(&queue, &n.to_string())).collect();
+    one.send_all(bodies).await;
+    let mut leased = Vec::new();
+    while leased.len() < 200 {
+        let here = one.store.lease(claim(&queue, 7, LONG));
+        let there = other.store.lease(claim(&queue, 7, LONG));
+        let (here, there) = tokio::join!(here, there);
+        leased.extend(here.unwrap());
+        leased.extend(there.unwrap());
+    }
+    let ids = leased.iter().map(|leased| leased.lease.id).collect::<HashSet<_>>();
+    assert_eq!((ids.len(), leased.len()), (200, 200));
+    for leased in &leased {
+        other.must_settle(leased, Settlement::Ack).await;
+    }
+    assert_eq!(one.depth(&queue).await.leased, 0);
+}
+
+#[tokio::test]
+async fn news_reach_the_other_replica() {
+    let (one, other) = two().await;
+    let queue = one.queue("letters").await;
+    let mut messages = other.store.news().of_queue(&queue);
+    let mut settings = other.store.news().of_settings();
+    // A listener that has just connected says once that anything may have happened.
+    eventually("the other replica listens", async || {
+        one.store.set_ceiling(7).await.unwrap();
+        settings.has_changed().unwrap()
+    })
+    .await;
+    messages.mark_unchanged();
+    // Until the listener is sure to be there, a hint may be lost, as any hint may.
+    eventually("the news arrive", async || {
+        one.send(message(&queue, "hello")).await;
+        messages.has_changed().unwrap()
+    })
+    .await;
+    heard(&mut settings).await;
+}
+
+#[tokio::test]
+async fn one_request_sent_to_two_replicas_at_once_is_one_message() {
+    let (one, other) = two().await;
+    let queue = one.queue("letters").await;
+    for round in 0..50 {
+        let key = Idempotency::new("test", &round.to_string(), [7; 32]);
+        let send = || NewMessage { keys: vec![key], ..message(&queue, "once") };
+        let (here, there) = tokio::join!(one.offer(send()), other.offer(send()));
+        let answers = [here, there];
+        let new = answers.iter().filter(|answer| matches!(answer, Enqueued::New(_))).count();
+        assert_eq!(new, 1, "{answers:?}");
+        let receipts = answers.map(|answer| match answer {
+            Enqueued::New(receipt) | Enqueued::Duplicate(receipt) => receipt,
+            Enqueued::Refused(refusal) => panic!("{refusal:?}"),
+        });
+        assert_eq!(receipts[0], receipts[1]);
+    }
+    assert_eq!(one.depth(&queue).await.ready, 50);
+}
+
+#[tokio::test]
+async fn a_limit_on_messages_holds_over_replicas() {
+    let (one, other) = two().await;
+    let queue = one.queue_with("letters", |settings| settings.max_messages = Some(25)).await;
+    let mut taken = 0;
+    for _ in 0..20 {
+        let send = |stage: &Stage| {
+            let messages = vec![message(&queue, "a"), message(&queue, "b")];
+            let store = stage.store.clone();
+            async move { store.enqueue(together(messages)).await.unwrap() }
+        };
+        let (here, there) = tokio::join!(send(&one), send(&other));
+        for outcome in [here, there] {
+            let EnqueueOutcome::Done(answers) = outcome else { panic!("{outcome:?}") };
+            taken += answers.iter().filter(|it| matches!(it, Enqueued::New(_))).count();
+        }
+    }
+    assert_eq!((taken, one.depth(&queue).await.ready), (25, 25));
+}
+
+#[tokio::test]
+async fn shares_sum_up_to_the_limit_and_never_to_more() {
+    let (one, other) = two().await;
+    let queue = one.queue("letters").await;
+    let alone = attend(&one, attendance("a", 1, &[(&queue, 5, 0)])).await;
+    assert_eq!(alone.shares, [5]);
+    // It has all five open, so that nothing is left for who comes second.
+    attend(&one, attendance("a", 1, &[(&queue, 5, 5)])).await;
+    let second = attend(&other, attendance("b", 2, &[(&queue, 5, 0)])).await;
+    assert_eq!((second.shares, second.replicas.len()), (vec![0], 2));
+    let gives_up = attend(&one, attendance("a", 1, &[(&queue, 5, 4)])).await;
+    assert_eq!(gives_up.shares, [3]);
+    let second = attend(&other, attendance("b", 2, &[(&queue, 5, 0)])).await;
+    assert_eq!(second.shares, [1]);
+    attend(&one, attendance("a", 1, &[(&queue, 5, 3)])).await;
+    let second = attend(&other, attendance("b", 2, &[(&queue, 5, 1)])).await;
+    assert_eq!(second.shares, [2]);
+    let leaving = Attendance { leaving: true, ..attendance("a", 1, &[(&queue, 5, 0)]) };
+    assert_eq!(attend(&one, leaving).await.shares, [0]);
+    let alone = attend(&other, attendance("b", 2, &[(&queue, 5, 2)])).await;
+    assert_eq!((alone.shares, alone.replicas), (vec![5], vec![replica("b")]));
+}
+
+#[tokio::test]
+async fn the_share_of_a_replica_that_died_is_free() {
+    let (one, other) = two().await;
+    let queue = one.queue("letters").await;
+    let short = Attendance { good_for: SHORT, ..attendance("a", 1, &[(&queue, 4, 4)]) };
+    assert_eq!(attend(&one, short).await.shares, [4]);
+    one.pass(SHORT).await;
+    let alone = attend(&other, attendance("b", 2, &[(&queue, 4, 0)])).await;
+    assert_eq!((alone.shares, alone.replicas), (vec![4], vec![replica("b")]));
+}
+
+#[tokio::test]
+async fn the_leases_of_a_replica_that_died_come_back_and_count_a_crash() {
+    let (one, other) = two().await;
+    let queue = one.queue("letters").await;
+    let id = one.send_to(&queue, "carried").await;
+    attend(&other, attendance("b", 2, &[])).await;
+    let short = Attendance { good_for: SHORT, ..attendance("a", 1, &[]) };
+    attend(&one, short).await;
+    let mut leased = one.store.lease(claim_by("a", &queue)).await.unwrap();
+    let lost = leased.pop().expect("one is ready");
+    one.pass(SHORT).await;
+    let attended = attend(&other, attendance("b", 2, &[])).await;
+    assert_eq!(attended.reaped.len(), 1);
+    assert_eq!((attended.reaped[0].id, attended.reaped[0].state), (id, State::Ready));
+    assert_eq!(other.record(id).await.tries.crashes, 1);
+    assert_eq!(one.settle(&lost, Settlement::Ack).await, Settled::LeaseLost);
+    let again = other.store.lease(claim_by("b", &queue)).await.unwrap();
+    assert_eq!(again[0].tries.attempts, 2);
+    assert_eq!(attend(&other, attendance("b", 2, &[])).await.reaped, []);
+}
+
+#[tokio::test]
+async fn a_replica_that_starts_again_takes_back_its_own_leases_at_once() {
+    let (one, other) = two().await;
+    let queue = one.queue("letters").await;
+    let (mine, theirs) = (one.send_to(&queue, "mine").await, one.send_to(&queue, "theirs").await);
+    attend(&one, attendance("a", 1, &[])).await;
+    one.store.lease(claim_by("a", &queue)).await.unwrap();
+    attend(&other, attendance("b", 2, &[])).await;
+    other.store.lease(claim_by("b", &queue)).await.unwrap();
+    let attended = attend(&one, attendance("a", 3, &[])).await;
+    let reaped = attended.reaped.iter().map(|reaped| reaped.id).collect::<Vec<_>>();
+    assert_eq!(reaped, [mine]);
+    assert_eq!(one.state(theirs).await, Some(State::Leased));
+}
