@@ -26,7 +26,7 @@ use crate::telemetry::metrics::{self, QueueMeters};
 use super::embed::Queue;
 use super::gate::Gate;
 use super::keeper;
-use super::round::Mode;
+use super::round::{self, Mode, Round};
 use super::{QueuePump, Setup};
 
 /// A message pump over one store. Cheap to clone; all clones are the same pump.
@@ -190,16 +190,9 @@ impl Pumphouse {
         stop: Stop,
     ) -> store::Result<Option<StopReport>> {
         let deadline = tokio::time::Instant::now() + stop.deadline;
-        let state = RunState::Stopped(self.0.stopped(stop));
-        if !self.0.store.set_run_state(Some(queue), state).await? {
-            return Ok(None);
-        }
-        self.0.line_up().await?;
-        let pump = self.0.pumps().into_iter().find(|pump| pump.queue == *queue);
-        match pump {
-            Some(pump) => Ok(Some(pump.end_closed(deadline).await)),
-            None => Ok(Some(StopReport::default())),
-        }
+        let pumps = self.0.pumps().into_iter().filter(|pump| pump.queue == *queue).collect();
+        let (found, rounds) = self.0.stop(Some(queue), pumps, stop).await?;
+        Ok(if found { Some(round::end_all(rounds, deadline).await) } else { None })
     }
 
     /// Starts the whole pump: every queue that is not stopped itself.
@@ -211,10 +204,8 @@ impl Pumphouse {
     /// Stops the whole pump, as [`Pumphouse::stop_queue`] does for one queue.
     pub async fn stop(&self, stop: Stop) -> store::Result<StopReport> {
         let deadline = tokio::time::Instant::now() + stop.deadline;
-        let state = RunState::Stopped(self.0.stopped(stop));
-        self.0.store.set_run_state(None, state).await?;
-        self.0.line_up().await?;
-        Ok(self.0.end_closed(deadline).await)
+        let (_, rounds) = self.0.stop(None, self.0.pumps(), stop).await?;
+        Ok(round::end_all(rounds, deadline).await)
     }
 
     /// Sets how many deliveries of all queues may be open at once; in force when it returns.
@@ -259,11 +250,9 @@ impl Pumphouse {
         // Whoever is bringing pumps in line may be about to start one: let it end first, but not for long,
         // because it may be waiting for a database that is away.
         let lining_up = tokio::time::timeout(GOODBYE_MAX, self.0.lining_up.lock()).await;
-        for pump in self.0.pumps() {
-            pump.set_mode(None);
-        }
+        let rounds = self.0.pumps().iter().flat_map(|pump| pump.close_rounds()).collect();
         drop(lining_up);
-        let report = self.0.end_closed(deadline).await;
+        let report = round::end_all(rounds, deadline).await;
         self.0.tasks.close();
         if tokio::time::timeout(GOODBYE_MAX, self.0.tasks.wait()).await.is_err() {
             tracing::warn!("left while the database did not answer");
@@ -427,6 +416,31 @@ impl House {
 
     async fn line_up_and_attend(self: &Arc<Self>) -> store::Result<bool> {
         let _one_at_a_time = self.lining_up.lock().await;
+        self.line_up_alone().await
+    }
+
+    /// Closes these pumps, and says so in the store. The rounds it closed are still to be waited for.
+    ///
+    /// Closed first, so that nothing is leased after the call; and under the lock, so that nobody who
+    /// still reads the old state opens them again. If the store cannot be told, the pumps are brought in
+    /// line with what stands there as soon as it answers.
+    async fn stop(
+        self: &Arc<Self>,
+        queue: Option<&QueueName>,
+        pumps: Vec<Arc<QueuePump>>,
+        stop: Stop,
+    ) -> store::Result<(bool, Vec<Arc<Round>>)> {
+        let _one_at_a_time = self.lining_up.lock().await;
+        let rounds = pumps.iter().flat_map(|pump| pump.close_rounds()).collect();
+        let state = RunState::Stopped(self.stopped(stop));
+        let told = self.store.set_run_state(queue, state).await;
+        let lined_up = self.line_up_alone().await;
+        let found = told?;
+        lined_up?;
+        Ok((found, rounds))
+    }
+
+    async fn line_up_alone(self: &Arc<Self>) -> store::Result<bool> {
         if self.leaving.is_cancelled() {
             return Ok(false);
         }
@@ -539,16 +553,6 @@ impl House {
 
     fn stopped(&self, stop: Stop) -> Stopped {
         Stopped { at: self.clock.now(), by: stop.by, reason: stop.reason, until: stop.until }
-    }
-
-    async fn end_closed(&self, deadline: tokio::time::Instant) -> StopReport {
-        let pumps = self.pumps();
-        let ends = pumps.iter().map(|pump| pump.end_closed(deadline));
-        let mut total = StopReport::default();
-        for report in futures::future::join_all(ends).await {
-            total += report;
-        }
-        total
     }
 
     pub(super) fn pumps(&self) -> Vec<Arc<QueuePump>> {

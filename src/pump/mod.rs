@@ -257,20 +257,13 @@ impl QueuePump {
         }
     }
 
-    /// Waits for every closed round to end; see [`Round::end`].
-    async fn end_closed(&self, deadline: tokio::time::Instant) -> StopReport {
-        let closed = self.rounds().iter().filter(|r| r.closed.is_cancelled()).cloned().collect();
-        let mut total = StopReport::default();
-        for round in futures::future::join_all(ends(closed, deadline)).await {
-            total += round;
+    /// Closes what runs, and returns every round that has not ended yet.
+    fn close_rounds(&self) -> Vec<Arc<Round>> {
+        let mut rounds = self.rounds();
+        rounds.retain(|round| !round.is_over());
+        for round in rounds.iter() {
+            round.close();
         }
-        total
+        rounds.clone()
     }
-}
-
-fn ends(
-    rounds: Vec<Arc<Round>>,
-    deadline: tokio::time::Instant,
-) -> impl Iterator<Item = impl Future<Output = StopReport>> {
-    rounds.into_iter().map(move |round| async move { round.end(deadline).await })
 }

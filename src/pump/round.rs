@@ -1,5 +1,6 @@
 //! One run of a queue's pump, from start to stop, and how it ends.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -88,6 +89,16 @@ impl Round {
             released: self.released.load(Ordering::Relaxed),
         }
     }
+}
+
+/// Waits for all of them to end; see [`Round::end`].
+pub(crate) async fn end_all(rounds: Vec<Arc<Round>>, deadline: Instant) -> StopReport {
+    let ends = rounds.iter().map(|round| round.end(deadline));
+    let mut total = StopReport::default();
+    for report in futures::future::join_all(ends).await {
+        total += report;
+    }
+    total
 }
 
 /// How long after the cut a settlement may still be tried, so that a stop ends by its deadline while the

@@ -31,6 +31,9 @@ const WEIGHT_MAX: usize = 4 << 20;
 /// How often a batch is tried that others were in the way of.
 const TRIES: u32 = 4;
 
+/// A transaction under way: its answers in order, and what is to be told once it is committed.
+pub(super) type Committing<'c, Answer> = BoxFuture<'c, Result<(Vec<Answer>, Word), Trouble>>;
+
 /// A kind of call, and how many of them are done in one transaction.
 pub(super) trait Batch: Send + Sync + 'static {
     /// What is asked.
@@ -47,7 +50,7 @@ pub(super) trait Batch: Send + Sync + 'static {
     fn commit<'c>(
         connection: &'c mut PgConnection,
         calls: &'c [&'c Self::Call],
-    ) -> BoxFuture<'c, Result<(Vec<Self::Answer>, Word), Trouble>>;
+    ) -> Committing<'c, Self::Answer>;
 }
 
 /// Where calls of one kind are handed in.
