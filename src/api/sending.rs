@@ -242,6 +242,7 @@ impl Batch {
             return Err(all_refused(self.bad));
         }
         let (places, messages): (Vec<_>, Vec<_>) = self.good.into_iter().unzip();
+        let has_key = self.key.is_some();
         let enqueue = Enqueue { messages, atomic, batch: self.key };
         let done = match doors.enqueue(queue, enqueue).await? {
             EnqueueOutcome::Done(done) => done,
@@ -257,6 +258,8 @@ impl Batch {
         if let Some(Enqueued::Refused(Refusal::NoSuchQueue(name))) = done.first() {
             return Err(Problem::no_such_queue(name));
         }
+        let duplicate = |one: &Enqueued| matches!(one, Enqueued::Duplicate(_));
+        let replayed = has_key && !done.is_empty() && done.iter().all(duplicate);
         let mut items = places
             .into_iter()
             .zip(&done)
@@ -266,7 +269,11 @@ impl Batch {
         items.sort_by_key(|(at, _)| *at);
         let status = if atomic { StatusCode::CREATED } else { StatusCode::MULTI_STATUS };
         let items = items.into_iter().map(|(_, item)| item).collect();
-        Ok((status, Json(BatchAnswer { items })).into_response())
+        let mut response = (status, Json(BatchAnswer { items })).into_response();
+        if replayed {
+            mark_replayed(&mut response);
+        }
+        Ok(response)
     }
 }
 
@@ -346,10 +353,14 @@ fn receipt_answer(status: StatusCode, receipt: &Receipt, duplicate: bool) -> Res
     let location = HeaderValue::try_from(location).expect("an id is plain ASCII");
     response.headers_mut().insert(header::LOCATION, location);
     if duplicate {
-        let yes = HeaderValue::from_static("true");
-        response.headers_mut().insert("idempotency-replayed", yes);
+        mark_replayed(&mut response);
     }
     response
+}
+
+fn mark_replayed(response: &mut Response) {
+    let yes = HeaderValue::from_static("true");
+    response.headers_mut().insert("idempotency-replayed", yes);
 }
 
 fn item(one: &Enqueued, request_id: &str) -> BatchItem {
