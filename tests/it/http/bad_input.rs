@@ -31,7 +31,6 @@ type Case = (
 /// What is asked, in the order: method, path, headers, body, right answers.
 const CASES: &[Case] = &[
     // Routes and methods.
-    ("GET", "/", &[], b"", &[404]),
     ("GET", "/v1", &[], b"", &[404]),
     ("GET", "/v2/queues", &[], b"", &[404]),
     ("GET", "/v1/queues/q/messages/../../../etc/passwd", &[], b"", &[404]),
@@ -83,7 +82,6 @@ const CASES: &[Case] = &[
     ("POST", SEND, &[("pumphouse-forward-ce-id", "1")], b"x", &[422]),
     ("POST", SEND, &[("pumphouse-forward-pumphouse-attempt", "1")], b"x", &[422]),
     ("POST", SEND, &[("idempotency-key", "")], b"x", &[400, 422]),
-    ("POST", SEND, &[("idempotency-key", "\"open")], b"x", &[400, 422]),
     // Envelopes.
     ("POST", SEND, &[("content-type", ENVELOPE)], b"", &[400]),
     ("POST", SEND, &[("content-type", ENVELOPE)], b"{", &[400]),

@@ -32,7 +32,8 @@ async fn the_defaults_are_those_of_the_protocol() {
         ("/handler/timeout", json!("30s")),
         ("/concurrency/limit", json!(16)),
         ("/concurrency/scope", json!("cluster")),
-        ("/lease", json!("1m")),
+        // It follows the handler's timeout, so there is nothing to put back.
+        ("/lease", Value::Null),
         ("/recovery/immediate", json!(2)),
         ("/recovery/max_attempts", json!(12)),
         ("/recovery/max_crashes", json!(20)),
