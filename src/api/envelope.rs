@@ -171,9 +171,13 @@ pub(super) fn key_of(headers: &HeaderMap) -> Result<Option<String>, Problem> {
 }
 
 fn check_key(key: &str) -> Result<(), &'static str> {
-    let plain = key.bytes().all(|byte| matches!(byte, b' '..=b'~'));
+    let plain = key.bytes().all(|byte| matches!(byte, b' '..=b'~') && byte != b'"');
     let good = plain && !key.is_empty() && key.len() <= IDEMPOTENCY_KEY_MAX;
-    if good { Ok(()) } else { Err("a key is 1 to 255 visible ASCII characters") }
+    if good {
+        Ok(())
+    } else {
+        Err("a key is 1 to 255 visible ASCII characters, in quotes or without any")
+    }
 }
 
 /// What makes a single request the same: content type, options and body.

@@ -245,7 +245,7 @@ impl From<&QueueSettings> for SettingsBody {
             handler,
             concurrency: ConcurrencyBody::from(&settings.concurrency),
             rate_limit: Value::Null,
-            lease: settings.lease.map(Lasting),
+            lease: Some(Lasting(settings.lease())),
             recovery: RecoveryBody::from(&settings.recovery),
             breaker: Value::Null,
             dedup_window: Some(Lasting(settings.dedup_window)),
@@ -314,7 +314,9 @@ impl SettingsBody {
             max_messages: self.max_messages,
         };
         settings.check().map_err(Problem::invalid)?;
-        Ok(settings)
+        // The default, put back by who read it, stays a default that follows the timeout.
+        let by_default = QueueSettings { lease: None, ..settings.clone() };
+        Ok(if settings.lease() == by_default.lease() { by_default } else { settings })
     }
 
     fn refuse_what_is_not_there_yet(&self) -> Result<(), Problem> {

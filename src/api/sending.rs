@@ -242,7 +242,6 @@ impl Batch {
             return Err(all_refused(self.bad));
         }
         let (places, messages): (Vec<_>, Vec<_>) = self.good.into_iter().unzip();
-        let has_key = self.key.is_some();
         let enqueue = Enqueue { messages, atomic, batch: self.key };
         let done = match doors.enqueue(queue, enqueue).await? {
             EnqueueOutcome::Done(done) => done,
@@ -258,8 +257,6 @@ impl Batch {
         if let Some(Enqueued::Refused(Refusal::NoSuchQueue(name))) = done.first() {
             return Err(Problem::no_such_queue(name));
         }
-        let duplicate = |one: &Enqueued| matches!(one, Enqueued::Duplicate(_));
-        let replayed = has_key && !done.is_empty() && done.iter().all(duplicate);
         let mut items = places
             .into_iter()
             .zip(&done)
@@ -270,8 +267,9 @@ impl Batch {
         let status = if atomic { StatusCode::CREATED } else { StatusCode::MULTI_STATUS };
         let items = items.into_iter().map(|(_, item)| item).collect();
         let mut response = (status, Json(BatchAnswer { items })).into_response();
-        if replayed {
-            mark_replayed(&mut response);
+        let known = |one: &Enqueued| matches!(one, Enqueued::Duplicate(_));
+        if self.key.is_some() && !done.is_empty() && done.iter().all(known) {
+            response.headers_mut().insert("idempotency-replayed", HeaderValue::from_static("true"));
         }
         Ok(response)
     }
@@ -353,14 +351,10 @@ fn receipt_answer(status: StatusCode, receipt: &Receipt, duplicate: bool) -> Res
     let location = HeaderValue::try_from(location).expect("an id is plain ASCII");
     response.headers_mut().insert(header::LOCATION, location);
     if duplicate {
-        mark_replayed(&mut response);
+        let yes = HeaderValue::from_static("true");
+        response.headers_mut().insert("idempotency-replayed", yes);
     }
     response
-}
-
-fn mark_replayed(response: &mut Response) {
-    let yes = HeaderValue::from_static("true");
-    response.headers_mut().insert("idempotency-replayed", yes);
 }
 
 fn item(one: &Enqueued, request_id: &str) -> BatchItem {

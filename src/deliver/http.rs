@@ -114,7 +114,7 @@ fn request(
             ours(name, value);
         }
     }
-    // Said even where there is nothing to come: some servers refuse a POST without a length.
+    // Said outright, because for an empty body the client would leave it out.
     headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
     let mut request = Request::new(Full::new(body));
     *request.method_mut() = Method::POST;

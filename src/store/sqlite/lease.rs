@@ -1,5 +1,6 @@
 //! Claiming messages, and keeping the claim.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -179,7 +180,7 @@ where message.seq = held.value ->> 0
     and message.id = unhex(held.value ->> 2)
     and message.state = 2
     and message.lease_until > ?3
-returning message.seq";
+returning seq, token, id";
 
 /// Prolongs what is still held; in order, whether it was.
 pub(super) async fn renew(
@@ -189,14 +190,17 @@ pub(super) async fn renew(
 ) -> sqlx::Result<Vec<bool>> {
     let name = |lease: &Lease| rows::hex(lease.id.0.as_bytes());
     let held = leases.iter().map(|lease| (lease.seq, lease.token.0, name(lease)));
-    let renewed: Vec<i64> = sqlx::query_scalar(RENEW)
+    let renew = query(RENEW)
         .bind(rows::json(&held.collect::<Vec<_>>()))
         .bind(rows::after(desk.now, duration))
-        .bind(desk.now)
-        .fetch_all(&mut desk.connection)
-        .await?;
-    let renewed = renewed.into_iter().collect::<std::collections::HashSet<_>>();
-    Ok(leases.iter().map(|lease| renewed.contains(&lease.seq)).collect())
+        .bind(desk.now);
+    let mut renewed = HashSet::new();
+    for row in renew.fetch_all(&mut desk.connection).await? {
+        let token = Token(row.try_get("token")?);
+        renewed.insert((row.try_get::<i64, _>("seq")?, token, rows::message_id(&row)?));
+    }
+    let holds = |lease: &Lease| renewed.contains(&(lease.seq, lease.token, lease.id));
+    Ok(leases.iter().map(holds).collect())
 }
 
 /// The statements of this file.

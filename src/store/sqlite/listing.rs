@@ -95,7 +95,7 @@ struct Way {
 // The parameters: 1 before, 2 floor, 3 queue, 4 state, 5 kind, 6 correlation id, 7 since, 8 until,
 // 9 limit, 10 ids.
 macro_rules! way {
-    ($from:literal, $which:literal, $seq:literal) => {
+    ($from:literal, $join:literal, $which:literal, $seq:literal) => {
         Way {
             floor: concat!(
                 "select ",
@@ -111,11 +111,7 @@ macro_rules! way {
                 " desc\nlimit 1 offset ?2"
             ),
             page: concat!(
-                "\
-select message.*, queue.name as queue, content.kind, content.correlation_id, content.details
-from ",
-                $from,
-                matching!($which, $seq),
+                record_of!($from, $join, $which),
                 "\n    and ",
                 $seq,
                 " < ?1\n    and ",
@@ -128,21 +124,16 @@ from ",
     };
 }
 
-macro_rules! matching {
-    ($which:expr, "content.seq") => {
+macro_rules! record_of {
+    ($from:literal, $join:literal, $which:literal) => {
         concat!(
-            "\ncross join message on message.seq = content.seq",
-            "\ncross join queue on queue.id = message.queue_id",
-            "\nwhere ",
-            $which,
-            filtered!()
-        )
-    };
-    ($which:expr, $seq:expr) => {
-        concat!(
-            "\ncross join queue on queue.id = message.queue_id",
-            "\ncross join content on content.seq = message.seq",
-            "\nwhere ",
+            "\
+select message.*, queue.name as queue, content.kind, content.correlation_id, content.details
+from ",
+            $from,
+            "\ncross join ",
+            $join,
+            "\ncross join queue on queue.id = message.queue_id\nwhere ",
             $which,
             filtered!()
         )
@@ -162,36 +153,48 @@ macro_rules! filtered {
 }
 
 // Lives on: the primary key of message, downwards.
-const ALL: Way = way!("message not indexed", "true", "message.seq");
+const ALL: Way =
+    way!("message not indexed", "content on content.seq = message.seq", "true", "message.seq");
 
 // Lives on: message_listed, downwards.
 const OF_QUEUE: Way = way!(
     "message indexed by message_listed",
+    "content on content.seq = message.seq",
     "message.queue_id = (select id from queue where name = ?3)",
     "message.seq"
 );
 
 // Lives on: message_dead_all, downwards.
-const DEAD: Way = way!("message indexed by message_dead_all", "message.state = 5", "message.seq");
+const DEAD: Way = way!(
+    "message indexed by message_dead_all",
+    "content on content.seq = message.seq",
+    "message.state = 5",
+    "message.seq"
+);
 
 // Lives on: message_dead, downwards.
 const DEAD_OF_QUEUE: Way = way!(
     "message indexed by message_dead",
+    "content on content.seq = message.seq",
     "message.queue_id = (select id from queue where name = ?3) and message.state = 5",
     "message.seq"
 );
 
 // Lives on: content_correlation, downwards, then the primary key of message.
-const CORRELATED: Way =
-    way!("content indexed by content_correlation", "content.correlation_id = ?6", "content.seq");
+const CORRELATED: Way = way!(
+    "content indexed by content_correlation",
+    "message on message.seq = content.seq",
+    "content.correlation_id = ?6",
+    "content.seq"
+);
 
 // Lives on: message_id, then sorts: a list of ids is as long as a request can be.
 const NAMED: &str = concat!(
-    "\
-select message.*, queue.name as queue, content.kind, content.correlation_id, content.details
-from json_each(?10) as wanted
-cross join message on message.id = unhex(wanted.value)",
-    matching!("message.seq < ?1 and message.seq >= ?2", "message.seq"),
+    record_of!(
+        "json_each(?10) as wanted\ncross join message on message.id = unhex(wanted.value)",
+        "content on content.seq = message.seq",
+        "message.seq < ?1"
+    ),
     "\norder by message.seq desc\nlimit ?9"
 );
 
@@ -270,9 +273,10 @@ macro_rules! oldest_dead {
         concat!(
             "select message.seq\nfrom ",
             $from,
-            matching!($which, "message.seq"),
-            "\n    and message.state = 5",
-            "\n    and message.seq > ?1\norder by message.seq\nlimit ?9"
+            "\ncross join content on content.seq = message.seq\nwhere ",
+            $which,
+            filtered!(),
+            "\n    and message.state = 5\norder by message.seq\nlimit ?9"
         )
     };
 }
@@ -305,7 +309,7 @@ pub(super) async fn oldest_dead(
         (None, true) => OLDEST_DEAD,
     };
     let filter = Filter { state: Some(State::Dead), ..filter.clone() };
-    let statement = bind_filter(query(text).bind(-1_i64).bind(None::<i64>), &filter);
+    let statement = bind_filter(query(text).bind(None::<i64>).bind(None::<i64>), &filter);
     let max = i64::try_from(max).unwrap_or(i64::MAX);
     let found = statement.bind(max).bind(names(&filter)).fetch_all(reader).await?;
     found.iter().map(|row| row.try_get("seq")).collect()

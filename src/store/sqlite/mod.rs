@@ -9,7 +9,7 @@
 //! Each file has the statements of its subject, with the index that each lives on. What is decided about
 //! a message is decided in those files, inside the writer's transaction, and nowhere else.
 
-mod file;
+mod open;
 mod fault;
 mod rows;
 mod desk;
@@ -63,8 +63,8 @@ impl Sqlite {
     /// **Fails** with [`Error::Refused`] while another process has it open, where its schema is newer than
     /// this program, and for `sqlite::memory:`, which would lose what was acknowledged.
     pub async fn open(url: &str, clock: Arc<dyn Clock>) -> Result<Self> {
-        let opened = file::open(url).await?;
-        let readers = file::readers(&opened.options);
+        let opened = open::open(url).await?;
+        let readers = open::readers(&opened.options);
         let news = Arc::new(News::default());
         let desk =
             Desk::new(opened.connection, opened.options, opened.lock, clock.clone(), news.clone());
@@ -76,8 +76,25 @@ impl Sqlite {
     ///
     /// **Fails** as [`Sqlite::open`] does.
     pub async fn migrate(url: &str) -> Result<()> {
-        let opened = file::open(url).await?;
+        let opened = open::open(url).await?;
         sqlx::Connection::close(opened.connection).await.map_err(of_one)
+    }
+
+    /// Every statement this store runs, for the test that looks at their plans.
+    #[doc(hidden)]
+    pub fn statements() -> Vec<&'static str> {
+        let lists = [
+            open::STATEMENTS,
+            desk::STATEMENTS,
+            lease::STATEMENTS,
+            queues::STATEMENTS,
+            surgery::STATEMENTS,
+            upkeep::STATEMENTS,
+            &[WRITE_SOMETHING, VERSION],
+        ];
+        let lists = lists.into_iter().flatten().copied();
+        let inserts = enqueue::statements().chain(settle::statements());
+        lists.chain(inserts).chain(listing::statements()).collect()
     }
 
     fn now(&self) -> i64 {
@@ -228,7 +245,7 @@ impl Store for Sqlite {
 
     async fn check(&self) -> Result<()> {
         let version = self.writer.errand(|desk| Box::pin(write_and_ask_version(desk))).await?;
-        if file::is_current(version) {
+        if open::is_current(version) {
             return Ok(());
         }
         let what = format!("its schema is version {version}, which is not this program's");
@@ -264,24 +281,4 @@ async fn write_and_ask_version(desk: &mut Desk) -> sqlx::Result<i64> {
 
 fn of_one(error: sqlx::Error) -> Error {
     fault(&Arc::new(error))
-}
-
-/// Every statement this store runs, for the test that looks at their plans.
-#[doc(hidden)]
-pub fn statements() -> Vec<&'static str> {
-    let lists = [
-        file::STATEMENTS,
-        desk::STATEMENTS,
-        lease::STATEMENTS,
-        queues::STATEMENTS,
-        surgery::STATEMENTS,
-        upkeep::STATEMENTS,
-        &[WRITE_SOMETHING, VERSION],
-    ];
-    let lists = lists.into_iter().flatten().copied();
-    lists
-        .chain(enqueue::statements())
-        .chain(settle::statements())
-        .chain(listing::statements())
-        .collect()
 }

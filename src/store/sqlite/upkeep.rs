@@ -271,8 +271,8 @@ update idempotency
 set sweep_at = ?2
 where (queue_id, key) in (select value ->> 0, unhex(value ->> 1) from json_each(?1))";
 
-/// How long to leave a key alone whose message still needs it, so that a long backlog of such keys is
-/// not looked through at every sweep.
+/// How long to leave keys alone whose messages still need them, where there are more of them than one
+/// sweep looks at: what comes after them would never be looked at.
 const LOOK_AGAIN_AFTER: std::time::Duration = std::time::Duration::from_secs(600);
 
 /// Deletes keys past their window, and says how many it looked at and how many are gone.
@@ -289,7 +289,7 @@ async fn forget_keys(desk: &mut Desk, max: usize) -> sqlx::Result<(usize, u64)> 
         let forget = query(FORGET_KEYS).bind(rows::json(&unneeded));
         forget.execute(&mut desk.connection).await?;
     }
-    if !needed.is_empty() {
+    if !needed.is_empty() && needed.len() + unneeded.len() >= max {
         let again = rows::after(desk.now, LOOK_AGAIN_AFTER);
         let look_again = query(LOOK_AGAIN).bind(rows::json(&needed)).bind(again);
         look_again.execute(&mut desk.connection).await?;

@@ -31,6 +31,7 @@ type Case = (
 /// What is asked, in the order: method, path, headers, body, right answers.
 const CASES: &[Case] = &[
     // Routes and methods.
+    ("GET", "/nothing", &[], b"", &[404]),
     ("GET", "/v1", &[], b"", &[404]),
     ("GET", "/v2/queues", &[], b"", &[404]),
     ("GET", "/v1/queues/q/messages/../../../etc/passwd", &[], b"", &[404]),
@@ -82,6 +83,7 @@ const CASES: &[Case] = &[
     ("POST", SEND, &[("pumphouse-forward-ce-id", "1")], b"x", &[422]),
     ("POST", SEND, &[("pumphouse-forward-pumphouse-attempt", "1")], b"x", &[422]),
     ("POST", SEND, &[("idempotency-key", "")], b"x", &[400, 422]),
+    ("POST", SEND, &[("idempotency-key", "\"open")], b"x", &[400, 422]),
     // Envelopes.
     ("POST", SEND, &[("content-type", ENVELOPE)], b"", &[400]),
     ("POST", SEND, &[("content-type", ENVELOPE)], b"{", &[400]),
@@ -306,7 +308,7 @@ async fn a_body_that_is_too_large_is_refused_announced_or_not() {
 async fn deep_json_is_a_payload_like_any_other_or_refused() {
     let scene = Scene::new().await;
     scene.queue("q").await;
-    for depth in [100, 1_000, 100_000] {
+    for depth in [100, 126, 1_000, 100_000] {
         let deep = format!("{}{}", "[".repeat(depth), "]".repeat(depth));
         let raw = scene.client.message_to("q", deep.clone()).header("content-type", JSON);
         let id = ask(raw).await.expect(201).id();

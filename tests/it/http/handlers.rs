@@ -1,7 +1,11 @@
 //! Handlers that misbehave: each costs what it costs, and nobody else anything.
 
+use std::net::SocketAddr;
+
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
+use tokio_util::task::TaskTracker;
 
 use crate::support::client::text;
 use crate::support::eventually;
@@ -42,10 +46,11 @@ async fn a_handler_that_is_not_there_is_tried_again() {
         listener.local_addr().expect("it has an address").port()
     };
     let recovery = json!({"recovery": {"max_attempts": 3}});
+    let (no_tls, _tasks) = speaks_no_tls().await;
     for (url, kind) in [
         (format!("http://127.0.0.1:{port}/"), "connect"),
         ("http://no-such-host.invalid/".to_owned(), "dns"),
-        (format!("https://{}/", &scene.receiver.url("")["http://".len()..]), "tls"),
+        (format!("https://{}/", no_tls), "tls"),
     ] {
         scene.client.put_queue("q", &quick(&url, recovery.clone())).await;
         let id = scene.client.send("q", "x").await;
@@ -178,4 +183,18 @@ fn error_kind(message: &Value, attempt: u64) -> String {
     let deliveries = message["deliveries"].as_array().expect("deliveries");
     let delivery = deliveries.iter().find(|delivery| delivery["number"] == attempt);
     text(delivery.unwrap_or_else(|| panic!("no attempt {attempt}: {message}")), "/error_kind")
+}
+
+/// A server that answers whatever it is told with something that is no TLS.
+async fn speaks_no_tls() -> (SocketAddr, TaskTracker) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port is free");
+    let address = listener.local_addr().expect("it has an address");
+    let tasks = TaskTracker::new();
+    tasks.spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let answer = stream.write_all(b"this is no TLS, and never will be\n").await;
+            answer.expect("the client reads");
+        }
+    });
+    (address, tasks)
 }

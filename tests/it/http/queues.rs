@@ -32,8 +32,7 @@ async fn the_defaults_are_those_of_the_protocol() {
         ("/handler/timeout", json!("30s")),
         ("/concurrency/limit", json!(16)),
         ("/concurrency/scope", json!("cluster")),
-        // It follows the handler's timeout, so there is nothing to put back.
-        ("/lease", Value::Null),
+        ("/lease", json!("1m")),
         ("/recovery/immediate", json!(2)),
         ("/recovery/max_attempts", json!(12)),
         ("/recovery/max_crashes", json!(20)),

@@ -46,7 +46,7 @@ pub(super) async fn open(url: &str) -> Result<Opened> {
 
 /// Connections that only read, made when they are needed.
 pub(super) fn readers(writing: &SqliteConnectOptions) -> SqlitePool {
-    let reading = writing.clone().read_only(true).pragma("cache_size", "-8192");
+    let reading = for_all(writing.get_filename()).read_only(true).pragma("cache_size", "-8192");
     SqlitePoolOptions::new()
         .max_connections(READERS_MAX)
         .acquire_timeout(Duration::from_secs(5))
@@ -113,18 +113,22 @@ fn unusable(path: &Path, error: &io::Error) -> Error {
 }
 
 fn options(path: &Path) -> SqliteConnectOptions {
-    SqliteConnectOptions::new()
-        .filename(path)
+    for_all(path)
         .page_size(4096)
         .journal_mode(SqliteJournalMode::Wal)
         // What was answered is on the disk.
         .synchronous(SqliteSynchronous::Full)
-        .busy_timeout(Duration::from_secs(5))
-        .foreign_keys(false)
-        .pragma("temp_store", "memory")
         .pragma("cache_size", "-65536")
         .pragma("wal_autocheckpoint", "4000")
         .pragma("journal_size_limit", "134217728")
+}
+
+fn for_all(path: &Path) -> SqliteConnectOptions {
+    SqliteConnectOptions::new()
+        .filename(path)
+        .busy_timeout(Duration::from_secs(5))
+        .foreign_keys(false)
+        .pragma("temp_store", "memory")
         .statement_cache_capacity(128)
         // A log line for each statement would cost as much as the statement.
         .disable_statement_logging()
