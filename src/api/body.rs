@@ -27,21 +27,47 @@ pub(super) struct Query<T>(pub(super) T);
 
 /// Reads a body of at most `limit` bytes, within a time.
 ///
-/// One that is announced larger is refused before a byte of it is read.
-pub(super) async fn read(headers: &HeaderMap, body: Body, limit: usize) -> Result<Bytes, Problem> {
+/// One that is announced larger is refused before a byte of it is kept.
+pub(super) async fn read(
+    headers: &HeaderMap,
+    mut body: Body,
+    limit: usize,
+) -> Result<Bytes, Problem> {
     let too_large =
         || Problem::new(problem::TOO_LARGE, format!("a request here has at most {limit} bytes"));
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());
     if announced.and_then(|text| text.parse::<u64>().ok()).is_some_and(|len| len > limit as u64) {
+        hear_out(headers, &mut body).await;
         return Err(too_large());
     }
-    let collected = tokio::time::timeout(BODY_TIMEOUT, Limited::new(body, limit).collect()).await;
-    match collected {
+    let limited = Limited::new(&mut body, limit).collect();
+    match tokio::time::timeout(BODY_TIMEOUT, limited).await {
         Ok(Ok(body)) => Ok(body.to_bytes()),
-        Ok(Err(error)) if is_over_limit(&*error) => Err(too_large()),
+        Ok(Err(error)) if is_over_limit(&*error) => {
+            hear_out(headers, &mut body).await;
+            Err(too_large())
+        }
         Ok(Err(_)) => Err(Problem::new(problem::UNREADABLE, "the body broke off")),
         Err(_) => Err(Problem::new(problem::UNREADABLE, "the body took too long to arrive")),
     }
+}
+
+/// Reads on for a moment and throws it away, because a client that is still sending when the connection
+/// closes hears a reset and not the answer. One that waits to be told to go on sends nothing.
+async fn hear_out(headers: &HeaderMap, body: &mut Body) {
+    if headers.contains_key(header::EXPECT) {
+        return;
+    }
+    let mut left = HEARD_OUT_MAX;
+    let rest = async {
+        while let Some(Ok(frame)) = body.frame().await {
+            let length = frame.data_ref().map_or(0, Bytes::len);
+            let Some(less) = left.checked_sub(length) else { return };
+            left = less;
+        }
+    };
+    // What is cut off here gets the reset.
+    let _ = tokio::time::timeout(HEARD_OUT_FOR, rest).await;
 }
 
 fn is_over_limit(error: &(dyn StdError + 'static)) -> bool {
@@ -118,5 +144,8 @@ pub(super) fn media_type(headers: &HeaderMap) -> String {
 
 /// How long a whole body may take to arrive.
 const BODY_TIMEOUT: Duration = Duration::from_secs(20);
+/// How much of a body that is too large is read and thrown away, and for how long.
+const HEARD_OUT_MAX: usize = 16 * 1024 * 1024;
+const HEARD_OUT_FOR: Duration = Duration::from_millis(500);
 /// The most bytes in a body that carries settings.
 const SETTINGS_MAX: usize = 256 * 1024;

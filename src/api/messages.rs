@@ -246,10 +246,32 @@ fn put_payload(body: &mut MessageBody, payload: &Bytes) {
     let content_type = body.content_type.as_deref().unwrap_or("");
     let media_type = content_type.split(';').next().unwrap_or("").trim().to_ascii_lowercase();
     let is_json = media_type == "application/json" || media_type.ends_with("+json");
-    // Parsed first, because a value nested deeper than parsers go would make the whole list unreadable.
-    let is_json = is_json && serde_json::from_slice::<serde_json::Value>(payload).is_ok();
-    body.payload = is_json.then(|| serde_json::from_slice(payload).ok()).flatten();
+    let shown = is_json && depth(payload) <= DEPTH_SHOWN_MAX;
+    body.payload = shown.then(|| serde_json::from_slice(payload).ok()).flatten();
     body.payload_base64 = body.payload.is_none().then(|| BASE64_STANDARD.encode(payload));
+}
+
+/// How deep a JSON payload may be to stand in an answer as it is. Parsers give up at some depth (serde_json
+/// at 128), and one strange payload must not make the whole page unreadable for them.
+const DEPTH_SHOWN_MAX: usize = 100;
+
+/// How deep brackets are nested in JSON, those in strings left out.
+fn depth(json: &[u8]) -> usize {
+    let (mut depth, mut deepest, mut in_string, mut escaped) = (0_usize, 0, false, false);
+    for byte in json {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            b'[' | b'{' if !in_string => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
+            _ => (),
+        }
+    }
+    deepest
 }
 
 fn message_body(record: &Record) -> MessageBody {

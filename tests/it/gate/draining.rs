@@ -9,7 +9,7 @@ use crate::support::client::{number, text};
 use crate::support::process::Database;
 use crate::support::receiver::{Gate, Mood};
 use crate::support::scene::Scene;
-use crate::support::{eventually, on_both};
+use crate::support::{eventually, on_both, pass};
 
 on_both! {
     a_drain_lets_open_deliveries_finish
@@ -26,10 +26,7 @@ async fn a_drain_lets_open_deliveries_finish(database: Database) {
     let (scene, gate) = three_open_of_ten(database).await;
     let stop = json!({"mode": "drain", "deadline": "20s"});
     let release = async {
-        eventually("the queue is stopping", async || {
-            scene.client.queue("q").await["state"] == "stopped"
-        })
-        .await;
+        the_queue_is_stopping(&scene).await;
         gate.open();
     };
     let (report, ()) = join(scene.client.stop_queue("q", &stop), release).await;
@@ -57,10 +54,7 @@ async fn a_drain_tells_what_finished_from_what_was_cut(database: Database) {
     let (scene, gate) = three_open_of_ten(database).await;
     let stop = json!({"deadline": "1500ms"});
     let release = async {
-        eventually("the queue is stopping", async || {
-            scene.client.queue("q").await["state"] == "stopped"
-        })
-        .await;
+        the_queue_is_stopping(&scene).await;
         gate.let_through(1);
     };
     let (report, ()) = join(scene.client.stop_queue("q", &stop), release).await;
@@ -85,10 +79,7 @@ async fn two_callers_wait_for_the_same_end(database: Database) {
     let first = scene.client.stop_queue("q", &long);
     let second = scene.client.stop_queue("q", &long);
     let release = async {
-        eventually("the queue is stopping", async || {
-            scene.client.queue("q").await["state"] == "stopped"
-        })
-        .await;
+        the_queue_is_stopping(&scene).await;
         assert_eq!(scene.receiver.open("/q"), 3, "the stop waits for what is open");
         gate.open();
         scene.receiver.wait_for_open("/q", 0).await;
@@ -104,10 +95,7 @@ async fn a_shorter_deadline_shortens_it_for_all(database: Database) {
     let (long, short) = (json!({"deadline": "25s"}), json!({"mode": "abort"}));
     let patient = scene.client.stop_queue("q", &long);
     let hurried = async {
-        eventually("the queue is stopping", async || {
-            scene.client.queue("q").await["state"] == "stopped"
-        })
-        .await;
+        the_queue_is_stopping(&scene).await;
         scene.client.stop_queue("q", &short).await
     };
     let (patient, _) = join(patient, hurried).await;
@@ -121,10 +109,7 @@ async fn a_start_ends_a_drain(database: Database) {
     let long = json!({"deadline": "20s"});
     let stop = scene.client.stop_queue("q", &long);
     let start = async {
-        eventually("the queue is stopping", async || {
-            scene.client.queue("q").await["state"] == "stopped"
-        })
-        .await;
+        the_queue_is_stopping(&scene).await;
         scene.client.start_queue("q").await;
         gate.open();
         eventually("all are completed", async || states(&scene, "completed").await == 10).await;
@@ -179,6 +164,19 @@ async fn everything_waits_and_nothing_failed(scene: &Scene) {
     }
     assert_eq!(cut, 3, "what was cut has its record");
     scene.receiver.wait_for_open("/q", 0).await;
+}
+
+/// Waits until the stop is in force: it is written down first, and then heard by the pump.
+async fn the_queue_is_stopping(scene: &Scene) {
+    eventually("the stop is written down", async || {
+        scene.client.queue("q").await["state"] == "stopped"
+    })
+    .await;
+    eventually("the stop is in force", async || {
+        scene.client.metrics().await.value("pumphouse_pump_running", &[("queue", "q")]) == 0.0
+    })
+    .await;
+    pass(Duration::from_millis(100)).await;
 }
 
 async fn states(scene: &Scene, state: &str) -> usize {

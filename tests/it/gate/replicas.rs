@@ -8,30 +8,32 @@ use crate::support::client::{ask, text};
 use crate::support::process::{Database, Process};
 use crate::support::receiver::{Gate, Mood};
 use crate::support::scene::Scene;
-use crate::support::{eventually, eventually_within, never_within};
+use crate::support::{eventually, eventually_within, never_within, pass};
+
+/// How long a change may take to be in force in every process.
+const IN_FORCE: Duration = Duration::from_secs(1);
 
 #[tokio::test]
 async fn a_limit_over_the_cluster_holds_over_all_processes() {
     let (scene, other) = two_processes().await;
     scene.queue_with("q", json!({"concurrency": {"limit": 6, "scope": "cluster"}})).await;
     scene.receiver.set("/q", Mood::slow(Duration::from_millis(20)));
-    send_many(&scene, 400).await;
+    send_many(&scene, 600).await;
     scene.receiver.wait_for("/q", 150).await;
     // Each process has its share, wherever the limit is changed.
     other.client().patch_queue("q", &json!({"concurrency": {"limit": 2}})).await;
-    let changed = Instant::now();
-    eventually("the lower limit is reached", async || scene.receiver.open("/q") <= 2).await;
-    scene.receiver.wait_for("/q", 250).await;
+    let lowered = Instant::now();
+    pass(IN_FORCE).await;
+    scene.receiver.wait_for("/q", scene.receiver.count("/q") + 60).await;
     scene.client.patch_queue("q", &json!({"concurrency": {"limit": 8}})).await;
     let raised = Instant::now();
-    scene.receiver.wait_for("/q", 400).await;
-    let mut bound = 6;
+    scene.receiver.wait_for("/q", 600).await;
     for (at, open) in scene.receiver.history("/q") {
-        if at > raised {
-            bound = 8;
-        } else if at > changed && open <= 2 {
-            bound = 2;
-        }
+        let bound = match at {
+            at if at > raised => 8,
+            at if at > lowered + IN_FORCE => 2,
+            _ => 6,
+        };
         assert!(open <= bound, "{open} open, with a limit of {bound}");
     }
     let replicas = scene.receiver.deliveries("/q").into_iter();

@@ -122,6 +122,13 @@ impl Receiver {
         self.desk.book().deliveries.iter().filter(|delivery| delivery.path == path).count()
     }
 
+    /// How many deliveries to this path were answered with a 2xx.
+    pub(crate) fn successes(&self, path: &str) -> usize {
+        let book = self.desk.book();
+        let here = book.deliveries.iter().filter(|delivery| delivery.path == path);
+        here.filter(|delivery| delivery.succeeded()).count()
+    }
+
     /// How many are open on this path.
     pub(crate) fn open(&self, path: &str) -> usize {
         self.desk.book().open.get(path).copied().unwrap_or(0)

@@ -58,6 +58,9 @@ pub(crate) async fn read_message(
         if let Some(at) = find(buffer, b"\r\n\r\n") {
             break at;
         }
+        if buffer.first().is_some_and(|byte| !byte.is_ascii_alphabetic()) {
+            return Err(io::ErrorKind::InvalidData.into());
+        }
         if stream.read_buf(buffer).await? == 0 {
             let clean = buffer.is_empty();
             return if clean { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
