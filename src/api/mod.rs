@@ -165,8 +165,7 @@ pub fn openapi() -> OpenApi {
 
 /// The same as text, as it stands under `openapi/`.
 pub fn openapi_json() -> String {
-    let text = openapi().to_pretty_json().expect("a document made by types is JSON");
-    format!("{text}\n")
+    openapi().to_pretty_json().expect("a document made by types is JSON")
 }
 
 fn data_routes() -> OpenApiRouter<Doors> {
