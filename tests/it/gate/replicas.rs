@@ -25,8 +25,9 @@ async fn a_limit_over_the_cluster_holds_over_all_processes() {
     let lowered = Instant::now();
     pass(IN_FORCE).await;
     scene.receiver.wait_for("/q", scene.receiver.count("/q") + 60).await;
-    scene.client.patch_queue("q", &json!({"concurrency": {"limit": 8}})).await;
+    // Taken before it is asked for: it may be in force before the answer is here.
     let raised = Instant::now();
+    scene.client.patch_queue("q", &json!({"concurrency": {"limit": 8}})).await;
     scene.receiver.wait_for("/q", 600).await;
     for (at, open) in scene.receiver.history("/q") {
         let bound = match at {

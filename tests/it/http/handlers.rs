@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_util::task::TaskTracker;
 
@@ -192,6 +192,10 @@ async fn speaks_no_tls() -> (SocketAddr, TaskTracker) {
     let tasks = TaskTracker::new();
     tasks.spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
+            // Reads first: to close on what was not read would reset the connection instead.
+            let mut hello = [0; 4096];
+            let read = stream.read(&mut hello).await.expect("the client says hello");
+            assert!(read > 0, "the client says hello");
             let answer = stream.write_all(b"this is no TLS, and never will be\n").await;
             answer.expect("the client reads");
         }
