@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use serde_json::{Value, json};
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_util::task::TaskTracker;
 
@@ -194,6 +194,9 @@ async fn speaks_no_tls() -> (SocketAddr, TaskTracker) {
         while let Ok((mut stream, _)) = listener.accept().await {
             let answer = stream.write_all(b"this is no TLS, and never will be\n").await;
             answer.expect("the client reads");
+            // Until the client has had enough: closed before, it might hear a reset and not the answer.
+            let mut heard = Vec::new();
+            let _ = stream.read_to_end(&mut heard).await;
         }
     });
     (address, tasks)
