@@ -232,10 +232,10 @@ fn is_parse_error(error: &(dyn StdError + 'static)) -> bool {
     error.downcast_ref::<hyper::Error>().is_some_and(hyper::Error::is_parse)
 }
 
-/// An I/O error hides what it carries from its source chain.
+/// An I/O error hides what it carries from its source chain, and may carry another one.
 fn wraps_tls(error: &(dyn StdError + 'static)) -> bool {
     let inner = error.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
-    inner.is_some_and(|inner| inner.is::<rustls::Error>())
+    inner.is_some_and(|inner| inner.is::<rustls::Error>() || wraps_tls(inner))
 }
 
 fn causes<'a>(

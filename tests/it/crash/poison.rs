@@ -73,18 +73,30 @@ async fn a_row_that_cannot_be_read_becomes_a_dead_letter_and_the_next_is_deliver
     scene.client.get("/readyz").await.expect(200);
 }
 
+macro_rules! broken_in {
+    ($table:literal) => {
+        concat!(
+            "update ",
+            $table,
+            " set details = '{broken' where seq = (select min(seq) from ",
+            $table,
+            ")"
+        )
+    };
+}
+
 async fn break_the_first_row(database: &Database) {
-    let statement =
-        "update content set details = '{broken' where seq = (select min(seq) from content)";
     let url = database.url();
     let changed = match database {
         Database::Sqlite(_) => {
             let mut connection = SqliteConnection::connect(&url).await.expect("it can be opened");
+            let statement = broken_in!("content");
             let done = connection.execute(statement).await.expect("there is such a table");
             connection.close().await.expect("it can be closed");
             done.rows_affected()
         }
         Database::Postgres(_) => {
+            let statement = broken_in!("pumphouse.content");
             let mut connection = PgConnection::connect(&url).await.expect("it can be opened");
             let done = connection.execute(statement).await.expect("there is such a table");
             connection.close().await.expect("it can be closed");

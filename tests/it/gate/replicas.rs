@@ -35,7 +35,8 @@ async fn a_limit_over_the_cluster_holds_over_all_processes() {
             at if at > lowered + IN_FORCE => 2,
             _ => 6,
         };
-        assert!(open <= bound, "{open} open, with a limit of {bound}");
+        let since = at.saturating_duration_since(lowered);
+        assert!(open <= bound, "{open} open, with a limit of {bound}, {since:?} after the change");
     }
     let replicas = scene.receiver.deliveries("/q").into_iter();
     let replicas = replicas.map(|delivery| delivery.header("pumphouse-replica").to_owned());
