@@ -47,8 +47,11 @@ pub(super) trait Batch: Send + Sync + 'static {
     fn commit<'c>(
         connection: &'c mut PgConnection,
         calls: &'c [&'c Self::Call],
-    ) -> BoxFuture<'c, Result<(Vec<Self::Answer>, Word), Trouble>>;
+    ) -> BoxFuture<'c, Committed<Self::Answer>>;
 }
+
+/// The answers to the calls of a batch, in order, and what there is to tell.
+pub(super) type Committed<A> = Result<(Vec<A>, Word), Trouble>;
 
 /// Where calls of one kind are handed in.
 pub(super) struct Desk<B: Batch> {
@@ -175,7 +178,7 @@ impl<B: Batch> Clerk<B> {
         Ok(answers)
     }
 
-    async fn attempt(&mut self, calls: &[&B::Call]) -> Result<(Vec<B::Answer>, Word), Trouble> {
+    async fn attempt(&mut self, calls: &[&B::Call]) -> Committed<B::Answer> {
         let connection = self.line.connection().await?;
         let done = answered(B::commit(connection, calls)).await;
         if done.as_ref().is_err_and(|trouble| trouble.is_for_all().is_some()) {
