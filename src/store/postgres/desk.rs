@@ -31,9 +31,6 @@ const WEIGHT_MAX: usize = 4 << 20;
 /// How often a batch is tried that others were in the way of.
 const TRIES: u32 = 4;
 
-/// A transaction under way: its answers in order, and what is to be told once it is committed.
-pub(super) type Committing<'c, Answer> = BoxFuture<'c, Result<(Vec<Answer>, Word), Trouble>>;
-
 /// A kind of call, and how many of them are done in one transaction.
 pub(super) trait Batch: Send + Sync + 'static {
     /// What is asked.
@@ -50,8 +47,11 @@ pub(super) trait Batch: Send + Sync + 'static {
     fn commit<'c>(
         connection: &'c mut PgConnection,
         calls: &'c [&'c Self::Call],
-    ) -> Committing<'c, Self::Answer>;
+    ) -> BoxFuture<'c, Committed<Self::Answer>>;
 }
+
+/// The answers to the calls of a batch, in order, and what there is to tell.
+pub(super) type Committed<A> = Result<(Vec<A>, Word), Trouble>;
 
 /// Where calls of one kind are handed in.
 pub(super) struct Desk<B: Batch> {
@@ -178,7 +178,7 @@ impl<B: Batch> Clerk<B> {
         Ok(answers)
     }
 
-    async fn attempt(&mut self, calls: &[&B::Call]) -> Result<(Vec<B::Answer>, Word), Trouble> {
+    async fn attempt(&mut self, calls: &[&B::Call]) -> Committed<B::Answer> {
         let connection = self.line.connection().await?;
         let done = answered(B::commit(connection, calls)).await;
         if done.as_ref().is_err_and(|trouble| trouble.is_for_all().is_some()) {

@@ -10,7 +10,7 @@ use sqlx::{Connection, PgConnection, query};
 use crate::model::{Idempotency, NewMessage, QueueName};
 
 use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal};
-use super::desk::Batch;
+use super::desk::{Batch, Committed};
 use super::facts::{Care, Facts, Key, KeyName, Known};
 use super::fault::Trouble;
 use super::news::Word;
@@ -31,7 +31,7 @@ impl Batch for Enqueues {
     fn commit<'c>(
         connection: &'c mut PgConnection,
         calls: &'c [&'c Enqueue],
-    ) -> BoxFuture<'c, Result<(Vec<EnqueueOutcome>, Word), Trouble>> {
+    ) -> BoxFuture<'c, Committed<EnqueueOutcome>> {
         Box::pin(async move {
             match enqueue(connection, calls, Care::Usual).await {
                 // Rare enough that looking for it beforehand is not worth a statement.
@@ -51,7 +51,7 @@ async fn enqueue(
     connection: &mut PgConnection,
     calls: &[&Enqueue],
     care: Care,
-) -> Result<(Vec<EnqueueOutcome>, Word), Trouble> {
+) -> Committed<EnqueueOutcome> {
     let mut transaction = connection.begin().await?;
     let messages = calls.iter().flat_map(|call| &call.messages).collect::<Vec<_>>();
     let batches = calls.iter().filter_map(|call| call.batch.zip(call.messages.first()));

@@ -100,20 +100,31 @@ where queue_id = any($1)
     and state in (0, 1, 2)
 group by queue_id";
 
-// Lives on: the primary keys of idempotency and message. A key counts in its window, and as long as its
-// message can still be delivered or is dead.
-const FORGET_KEYS: &str = "\
-delete from idempotency
-using unnest($1::integer[], $2::bytea[]) as wanted (queue_id, key)
-where idempotency.queue_id = wanted.queue_id
-    and idempotency.key = wanted.key
-    and idempotency.expires_at <= $3
-    and not exists (
-        select 1
-        from message
-        where message.seq = idempotency.seq
-            and message.state in (0, 5)
-    )";
+/// The keys that are named in `$1` and `$2`, each looked up by itself. Lives on: the primary key of
+/// idempotency.
+macro_rules! named_keys {
+    () => {
+        "\
+from unnest($1::integer[], $2::bytea[]) as named (queue_id, key)
+cross join lateral (
+    select idempotency.ctid as tid, idempotency.*
+    from idempotency
+    where idempotency.queue_id = named.queue_id
+        and idempotency.key = named.key
+    limit 1
+) as known"
+    };
+}
+
+// Lives on: see `named_keys`, and the primary key of message. A key counts in its window, and as long as
+// its message can still be delivered or is dead.
+const FORGET_KEYS: &str = concat!(
+    "delete from idempotency\nwhere ctid = any(array(select known.tid ",
+    named_keys!(),
+    "))
+    and expires_at <= $3
+    and coalesce((select state from message where message.seq = idempotency.seq) not in (0, 5), true)"
+);
 
 // Lives on: the primary key of idempotency. Waits for a transaction that has put down the same key.
 const PUT_KEYS_DOWN: &str = "\
@@ -127,28 +138,23 @@ from unnest(
 on conflict (queue_id, key) do nothing
 returning queue_id, key";
 
-// Lives on: the primary key of idempotency.
-const KNOWN_KEYS: &str = "\
-select idempotency.*
-from unnest($1::integer[], $2::bytea[]) as wanted (queue_id, key)
-join idempotency
-    on idempotency.queue_id = wanted.queue_id
-    and idempotency.key = wanted.key";
+// Lives on: see `named_keys`.
+const KNOWN_KEYS: &str = concat!("select known.* ", named_keys!());
 
-// Lives on: the primary key of idempotency.
-const DROP_KEYS: &str = "\
-delete from idempotency
-using unnest($1::integer[], $2::bytea[]) as wrong (queue_id, key)
-where idempotency.queue_id = wrong.queue_id
-    and idempotency.key = wrong.key";
+// Lives on: see `named_keys`.
+const DROP_KEYS: &str = concat!(
+    "delete from idempotency\nwhere ctid = any(array(select known.tid ",
+    named_keys!(),
+    "))"
+);
 
 // Lives on: message_id, then the primary keys of queue and content.
 const KNOWN_NAMES: &str = "\
 select message.id, message.enqueued_at, content.deliver_at, queue.name
-from message
+from unnest($1::uuid[]) as given (id)
+cross join lateral (select * from message where message.id = given.id limit 1) as message
 join queue on queue.id = message.queue_id
-join content on content.seq = message.seq
-where message.id = any($1)";
+cross join lateral (select * from content where content.seq = message.seq limit 1) as content";
 
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] = &[

@@ -72,7 +72,12 @@ leased as (
     select message.seq, ($3::bigint[])[row_number() over ()], $4, clock.now, clock.now + $5,
         message.queue_id, message.attempts + 1, $6
     from taken
-    join message on message.seq = taken.seq
+    cross join lateral (
+        select seq, queue_id, attempts
+        from message
+        where message.seq = taken.seq
+        limit 1
+    ) as message
     cross join clock
     returning lease.seq, lease.token, lease.attempt, lease.leased_at
 )
@@ -80,8 +85,8 @@ select leased.seq, leased.token, leased.attempt as attempts, leased.leased_at, m
     message.due_at, message.failures, message.crashes, message.enqueued_at, message.expires_at,
     content.kind, content.correlation_id, content.details, content.body
 from leased
-join message on message.seq = leased.seq
-join content on content.seq = leased.seq"
+cross join lateral (select * from message where message.seq = leased.seq limit 1) as message
+cross join lateral (select * from content where content.seq = leased.seq limit 1) as content"
         )
     };
 }
@@ -93,32 +98,38 @@ const CLAIM_URGENT: &str = claim!(" and ready.urgent");
 const BURY: &str = "\
 with gone as (
     delete from lease
-    using unnest($1::bigint[], $2::bigint[], $3::text[]) as broken (seq, token, reason)
-    where lease.seq = broken.seq
-        and lease.token = broken.token
-    returning lease.seq, lease.attempt, broken.reason, now_micros() as now
+    where seq = $1
+        and token = $2
+    returning seq, attempt
 ),
 moved as (
     update message
-    set state = 5, attempts = gone.attempt, finished_at = gone.now, reason = gone.reason
-    from gone
-    where message.seq = gone.seq
-    returning message.seq, message.queue_id, message.finished_at
+    set state = 5, attempts = (select attempt from gone), finished_at = now_micros(), reason = $3
+    where seq = (select seq from gone)
+    returning seq, queue_id, finished_at
 )
 insert into dead (seq, finished_at, queue_id)
 select seq, finished_at, queue_id
 from moved";
 
-// Lives on: the primary keys of lease and queue.
+// Lives on: the primary keys of lease and queue. Comes to the leases in the order of their numbers.
 const RENEW: &str = "\
 update lease
 set until = now_micros() + $3
-from unnest($1::bigint[], $2::bigint[]) as held (seq, token)
-where lease.seq = held.seq
-    and lease.token = held.token
-    and lease.until > now_micros()
-    and exists (select 1 from queue where queue.id = lease.queue_id)
-returning lease.seq, lease.token";
+where ctid = any(array(
+    select held.tid
+    from unnest($1::bigint[], $2::bigint[]) as given (seq, token)
+    cross join lateral (
+        select lease.ctid as tid
+        from lease
+        where lease.seq = given.seq
+            and lease.token = given.token
+            and lease.until > now_micros()
+            and exists (select 1 from queue where queue.id = lease.queue_id)
+        for update
+    ) as held
+))
+returning seq, token";
 
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] = &[CLAIM, CLAIM_URGENT, BURY, RENEW];
@@ -203,12 +214,10 @@ async fn bury(house: &Postgres, queue: &QueueName, broken: Vec<(Lease, String)>)
         .run(move |connection: &mut PgConnection| {
             let broken = broken.clone();
             Box::pin(async move {
-                query(BURY)
-                    .bind(broken.iter().map(|(lease, _)| lease.seq).collect::<Vec<_>>())
-                    .bind(broken.iter().map(|(lease, _)| lease.token.0).collect::<Vec<_>>())
-                    .bind(broken.into_iter().map(|(_, reason)| reason).collect::<Vec<_>>())
-                    .execute(connection)
-                    .await?;
+                for (lease, reason) in broken {
+                    let bury = query(BURY).bind(lease.seq).bind(lease.token.0).bind(reason);
+                    bury.execute(&mut *connection).await?;
+                }
                 Ok(())
             })
         })

@@ -16,7 +16,7 @@ use super::fault::{Trouble, unreadable};
 use super::rows::{self, records};
 
 // Lives on: message_id; see `records`.
-const RECORD: &str = concat!(records!(), "where message.id = $1");
+const RECORD: &str = records!("select seq from message where id = $1");
 
 // Lives on: the primary key of delivery.
 const DELIVERIES: &str = "\
@@ -28,10 +28,9 @@ order by number desc";
 // Lives on: message_id, then the primary keys of queue and content.
 const PAYLOAD: &str = "\
 select content.body
-from message
+from (select seq, queue_id from message where id = $1 limit 1) as message
 join queue on queue.id = message.queue_id
-join content on content.seq = message.seq
-where message.id = $1";
+cross join lateral (select body from content where content.seq = message.seq limit 1) as content";
 
 /// The rows that a page looks at: their numbers, from the newest before `$1`, at most `$2`.
 macro_rules! looked_at {
@@ -69,23 +68,16 @@ macro_rules! edge {
 macro_rules! page {
     ($looked_at:expr) => {
         concat!(
-            records!(),
-            "join (",
-            $looked_at,
-            ") as looked_at on looked_at.seq = message.seq
+            records!($looked_at),
+            "\
 where ($3::text is null or queue.name = $3)
     and (cardinality($4::uuid[]) = 0 or message.id = any($4))
     and ($5::text is null or content.kind = $5)
     and ($6::text is null or content.correlation_id = $6)
     and ($7::bigint is null or message.enqueued_at >= $7)
     and ($8::bigint is null or message.enqueued_at < $8)
-    and ($9::smallint is null or $9 = (case
-        when message.state <> 0 then message.state
-        when lease.seq is not null then 2
-        when scheduled.seq is not null then 1
-        else 0
-    end))
-order by looked_at.seq desc
+    and ($9::smallint is null or stand.state = $9)
+order by found.seq desc
 limit $10"
         )
     };

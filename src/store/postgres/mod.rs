@@ -29,7 +29,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
-use tokio_util::sync::CancellationToken;
+use tokio_util::sync::{CancellationToken, DropGuard};
+use tokio_util::task::TaskTracker;
 
 use crate::model::{
     DeliveryRecord, Lease, Leased, MessageId, QueueName, QueueRecord, QueueSettings, Record,
@@ -60,6 +61,8 @@ pub struct Postgres {
     /// By which start of a process leases are taken, for each that has reported itself here.
     incarnations: Mutex<HashMap<ReplicaName, i64>>,
     stop: CancellationToken,
+    /// A store that is dropped without being closed leaves nobody behind in the background either.
+    _stop_when_dropped: DropGuard,
 }
 
 impl Postgres {
@@ -78,7 +81,7 @@ impl Postgres {
 
     fn over(options: open::Options) -> Self {
         let stop = CancellationToken::new();
-        let tasks = tokio_util::task::TaskTracker::new();
+        let tasks = TaskTracker::new();
         let herald = Arc::new(Herald::new());
         let line = transact::Line::new(options.relaxed.clone());
         tasks.spawn(herald.clone().send(line, stop.clone()));
@@ -91,6 +94,7 @@ impl Postgres {
             claims: Hands { pool: open::pool(options.relaxed, 4), tasks },
             herald,
             incarnations: Mutex::default(),
+            _stop_when_dropped: stop.clone().drop_guard(),
             stop,
         }
     }
@@ -104,6 +108,12 @@ impl Postgres {
     fn remember_incarnation(&self, attendance: &Attendance) {
         let mut incarnations = self.incarnations.lock().unwrap_or_else(PoisonError::into_inner);
         incarnations.insert(attendance.replica.clone(), attendance.incarnation);
+    }
+
+    /// What holds for planning on every connection, for the same test.
+    #[doc(hidden)]
+    pub fn planning() -> &'static [(&'static str, &'static str)] {
+        open::PLANNING
     }
 
     /// Every statement that is ever sent, for a test that looks at their plans.

@@ -19,6 +19,19 @@ const SCHEMA: &str = "pumphouse";
 /// The advisory lock under which the schema is made.
 const LOCK: i64 = 0x7075_6d70_6f70_656e;
 
+/// What holds for planning on every connection of ours.
+///
+/// The hot tables swing between empty and huge, so that statistics are always wrong, and a plan that suits
+/// an empty table is kept for a full one. So the ways to read a table whole are closed, and statements
+/// are written so that no join can be turned around: rows are looked up one by one in a `lateral` that is
+/// not flattened (because of its `limit` or lock), or with a list of numbers or `ctid`s.
+pub(super) const PLANNING: &[(&str, &str)] = &[
+    ("enable_seqscan", "off"),
+    ("enable_bitmapscan", "off"),
+    ("enable_hashjoin", "off"),
+    ("enable_mergejoin", "off"),
+];
+
 /// How to connect.
 #[derive(Debug)]
 pub(super) struct Options {
@@ -103,13 +116,8 @@ impl Server {
             ("statement_timeout", "30s"),
             ("lock_timeout", "3s"),
             ("idle_in_transaction_session_timeout", "30s"),
-            // The hot tables swing between empty and huge, so that statistics are always wrong and a plan
-            // that suits an empty table is kept for a full one. Each statement has the index it lives on.
-            ("enable_seqscan", "off"),
-            ("enable_bitmapscan", "off"),
-            ("enable_hashjoin", "off"),
-            ("enable_mergejoin", "off"),
         ]);
+        let options = options.options(PLANNING.iter().copied());
         // Reading a small table whole counts as very expensive now, which must not make it be compiled.
         let options =
             if self.version >= 110_000 { options.options([("jit", "off")]) } else { options };

@@ -101,26 +101,49 @@ pub(super) fn head(row: &PgRow, queue: QueueName, details: Details) -> sqlx::Res
     })
 }
 
-/// The columns and tables from which [`record`] reads. Lives on: the primary keys of message (or what a
-/// statement adds), queue, content, lease and scheduled.
+/// The columns and tables from which [`record`] reads, for the numbers that a statement finds. Lives on:
+/// the primary keys of message, queue, content, lease and scheduled, one look for each number.
 macro_rules! records {
-    () => {
-        "\
+    ($found:expr) => {
+        concat!(
+            "\
 select message.seq, message.id, queue.name as queue, message.rank, message.due_at, message.enqueued_at,
     message.expires_at, message.finished_at, message.size, message.failures, message.crashes,
     message.reason, content.kind, content.correlation_id, content.details,
-    coalesce(lease.attempt, message.attempts) as attempts,
-    (case
+    coalesce(lease.attempt, message.attempts) as attempts, stand.state
+from (",
+            $found,
+            ") as found
+cross join lateral (select * from message where message.seq = found.seq limit 1) as message
+join queue on queue.id = message.queue_id
+cross join lateral (
+    select kind, correlation_id, details
+    from content
+    where content.seq = found.seq
+    limit 1
+) as content
+left join lateral (
+    select attempt
+    from lease
+    where lease.seq = found.seq
+    limit 1
+) as lease on true
+left join lateral (
+    select true as there
+    from scheduled
+    where scheduled.due_at = message.due_at
+        and scheduled.seq = message.seq
+    limit 1
+) as scheduled on true
+cross join lateral (
+    select (case
         when message.state <> 0 then message.state
-        when lease.seq is not null then 2
-        when scheduled.seq is not null then 1
+        when lease.attempt is not null then 2
+        when scheduled.there then 1
         else 0
     end)::smallint as state
-from message
-join queue on queue.id = message.queue_id
-join content on content.seq = message.seq
-left join lease on lease.seq = message.seq
-left join scheduled on scheduled.due_at = message.due_at and scheduled.seq = message.seq\n"
+) as stand\n"
+        )
     };
 }
 

@@ -4,6 +4,8 @@
 //! current one and the lease has not run out by the database's clock, and everything else follows from
 //! the leases it took.
 
+use std::collections::BTreeMap;
+
 use futures::future::BoxFuture;
 use sqlx::postgres::PgRow;
 use sqlx::{Connection, PgConnection, Row, query};
@@ -11,7 +13,7 @@ use sqlx::{Connection, PgConnection, Row, query};
 use crate::model::{DeliveryRecord, NewMessage, Settlement, State};
 
 use super::super::{Enqueued, Error, Settle, Settled};
-use super::desk::Batch;
+use super::desk::{Batch, Committed};
 use super::enqueue::Plan;
 use super::facts::{Care, Facts};
 use super::fault::Trouble;
@@ -34,7 +36,7 @@ impl Batch for Settles {
     fn commit<'c>(
         connection: &'c mut PgConnection,
         calls: &'c [&'c Settle],
-    ) -> BoxFuture<'c, Result<(Vec<Settled>, Word), Trouble>> {
+    ) -> BoxFuture<'c, Committed<Settled>> {
         Box::pin(async move {
             if calls.iter().all(|call| sent(call).is_empty()) {
                 // One statement is one transaction, and one round trip.
@@ -62,7 +64,7 @@ async fn settle_and_send(
     connection: &mut PgConnection,
     calls: &[&Settle],
     care: Care,
-) -> Result<(Vec<Settled>, Word), Trouble> {
+) -> Committed<Settled> {
     let mut transaction = connection.begin().await?;
     let (settled, mut word) = write(&mut transaction, calls).await?;
     let valid = calls.iter().zip(&settled).filter(|(_, settled)| **settled != Settled::LeaseLost);
@@ -82,39 +84,64 @@ async fn settle_and_send(
 
 // Lives on: the primary keys of lease, queue and message; then of ready, scheduled, dead or ended, and
 // of delivery. Comes to the leases in the order of their messages' numbers.
+//
+// Each lease is looked up by itself (lateral), and each message by its place in a list, so that there is
+// no order of joining that could be chosen wrongly: see `open`.
 const SETTLE: &str = "\
 with clock as (
     select now_micros() as now
 ),
 fenced as (
-    delete from lease
-    using clock, unnest(
-            $1::bigint[], $2::bigint[], $3::integer[], $4::smallint[], $5::integer[], $6::bigint[],
-            $7::text[], $8::integer[], $9::text[], $10::bigint[], $11::bigint[], $12::text[],
-            $13::integer[], $14::text[], $15::text[], $16::bytea[]
+    select given.*, held.tid, held.attempt
+    from unnest(
+            $1::bigint[], $2::bigint[], $3::smallint[], $4::integer[], $5::bigint[], $6::text[],
+            $7::integer[], $8::text[], $9::bigint[], $10::bigint[], $11::text[],
+            $12::integer[], $13::text[], $14::text[], $15::bytea[]
         ) as given (
-            seq, token, place, state, failed, wait,
-            reason, number, replica, started_at, duration, outcome,
+            seq, token, state, failed, wait, reason,
+            number, replica, started_at, duration, outcome,
             status, error_kind, error, answer
         )
-    where lease.seq = given.seq
-        and lease.token = given.token
-        and lease.until > clock.now
-        and exists (select 1 from queue where queue.id = lease.queue_id)
-    returning given.*, lease.attempt, clock.now
+    cross join lateral (
+        select lease.ctid as tid, lease.attempt
+        from lease
+        where lease.seq = given.seq
+            and lease.token = given.token
+            and lease.until > (select now from clock)
+            and exists (select 1 from queue where queue.id = lease.queue_id)
+        for update
+    ) as held
+),
+listed as (
+    select array_agg(seq order by seq) as seqs, array_agg(state order by seq) as states,
+        array_agg(attempt order by seq) as attempts, array_agg(failed order by seq) as failed,
+        array_agg(wait order by seq) as waits, array_agg(reason order by seq) as reasons,
+        array_agg(token order by seq) as tokens
+    from fenced
+),
+gone as (
+    delete from lease
+    where ctid = any(array(select tid from fenced))
 ),
 moved as (
     update message
-    set state = fenced.state,
-        attempts = fenced.attempt,
-        failures = message.failures + fenced.failed,
-        due_at = coalesce(fenced.now + fenced.wait, message.due_at),
-        finished_at = case when fenced.state <> 0 then fenced.now end,
-        reason = fenced.reason
-    from fenced
-    where message.seq = fenced.seq
-    returning fenced.*, message.queue_id, message.rank, message.due_at, message.expires_at,
-        message.enqueued_at
+    set state = (select states from listed)[array_position((select seqs from listed), seq)],
+        attempts = (select attempts from listed)[array_position((select seqs from listed), seq)],
+        failures = failures
+            + (select failed from listed)[array_position((select seqs from listed), seq)],
+        due_at = coalesce(
+            (select now from clock)
+                + (select waits from listed)[array_position((select seqs from listed), seq)],
+            due_at
+        ),
+        finished_at = case
+            when (select states from listed)[array_position((select seqs from listed), seq)] <> 0
+            then (select now from clock)
+        end,
+        reason = (select reasons from listed)[array_position((select seqs from listed), seq)]
+    where seq = any((select seqs from listed)::bigint[])
+    returning seq, queue_id, state, rank, due_at, expires_at, enqueued_at,
+        (select now from clock) as now
 ),
 made_ready as (
     insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
@@ -145,29 +172,33 @@ recorded as (
         seq, number, replica, started_at, duration, outcome, status, error_kind, error, answer
     )
     select seq, number, replica, started_at, duration, outcome, status, error_kind, error, answer
-    from moved
+    from fenced
     where number is not null
     on conflict (seq, number) do nothing
 )
-select place, now - enqueued_at as age, state = 0 and due_at > now as scheduled,
+select seq, (select tokens from listed)[array_position((select seqs from listed), seq)] as token,
+    now - enqueued_at as age, state = 0 and due_at > now as scheduled,
     case when state = 0 and due_at <= now then (select name from queue where id = queue_id) end as ready
 from moved";
 
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] = &[SETTLE];
 
-async fn write(
-    connection: &mut PgConnection,
-    calls: &[&Settle],
-) -> Result<(Vec<Settled>, Word), Trouble> {
-    let mut order = (0..calls.len()).collect::<Vec<_>>();
-    order.sort_by_key(|place| calls[*place].lease.seq);
-    let moved = bind(calls, &order).fetch_all(connection).await?;
+async fn write(connection: &mut PgConnection, calls: &[&Settle]) -> Committed<Settled> {
+    // In the order of their numbers, so that two transactions never wait for each other; and of several
+    // settlements with one lease the first, because only one can be written.
+    let mut places = BTreeMap::new();
+    for (place, call) in calls.iter().enumerate() {
+        places.entry((call.lease.seq, call.lease.token.0)).or_insert(place);
+    }
+    let first = places.values().map(|place| calls[*place]).collect::<Vec<_>>();
     let mut settled = vec![Settled::LeaseLost; calls.len()];
     let mut word = Word::default();
-    for row in moved {
-        let place: i32 = row.try_get("place")?;
-        settled[place as usize] = Settled::Done { age: rows::elapsed(row.try_get("age")?) };
+    for row in bind(&first).fetch_all(connection).await? {
+        let lease = (row.try_get("seq")?, row.try_get("token")?);
+        if let Some(place) = places.get(&lease) {
+            settled[*place] = Settled::Done { age: rows::elapsed(row.try_get("age")?) };
+        }
         tell(&mut word, &row)?;
     }
     Ok((settled, word))
@@ -182,15 +213,14 @@ fn tell(word: &mut Word, row: &PgRow) -> sqlx::Result<()> {
 
 type Statement = sqlx::query::Query<'static, sqlx::Postgres, sqlx::postgres::PgArguments>;
 
-fn bind(calls: &[&Settle], order: &[usize]) -> Statement {
-    let all = || order.iter().map(|place| calls[*place]);
+fn bind(calls: &[&Settle]) -> Statement {
+    let all = || calls.iter();
     let deliveries = || all().map(|call| call.delivery.as_ref());
     let number = |delivery: &DeliveryRecord| delivery.number as i32;
     let status = |delivery: &DeliveryRecord| delivery.status.map(i32::from);
     query(SETTLE)
         .bind(all().map(|call| call.lease.seq).collect::<Vec<_>>())
         .bind(all().map(|call| call.lease.token.0).collect::<Vec<_>>())
-        .bind(order.iter().map(|place| *place as i32).collect::<Vec<_>>())
         .bind(all().map(|call| state(&call.settlement).code()).collect::<Vec<_>>())
         .bind(all().map(|call| i32::from(is_failure(&call.settlement))).collect::<Vec<_>>())
         .bind(all().map(|call| wait(&call.settlement)).collect::<Vec<_>>())

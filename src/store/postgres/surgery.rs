@@ -15,27 +15,23 @@ use super::news::Word;
 use super::rows::{self, records};
 
 // Lives on: message_id; see `records`.
-const RECORD: &str = concat!(records!(), "where message.id = $1");
+const RECORD: &str = records!("select seq from message where id = $1");
 
 // Lives on: the primary keys of message and ready. Waits for whoever has the token in hand.
 const TAKE_READY: &str = "\
 delete from ready
-using message
-where message.seq = $1
-    and ready.queue_id = message.queue_id
-    and ready.rank = message.rank
-    and ready.due_at = message.due_at
-    and ready.seq = message.seq
-returning ready.urgent, now_micros() as now";
+where queue_id = (select queue_id from message where seq = $1)
+    and rank = (select rank from message where seq = $1)
+    and due_at = (select due_at from message where seq = $1)
+    and seq = $1
+returning now_micros() as now";
 
 // Lives on: the primary keys of message and scheduled. Waits for whoever has the token in hand.
 const TAKE_SCHEDULED: &str = "\
 delete from scheduled
-using message
-where message.seq = $1
-    and scheduled.due_at = message.due_at
-    and scheduled.seq = message.seq
-returning false as urgent, now_micros() as now";
+where due_at = (select due_at from message where seq = $1)
+    and seq = $1
+returning now_micros() as now";
 
 // Lives on: the primary keys of message and ended.
 const CANCEL: &str = "\
@@ -82,9 +78,9 @@ taken as (
     where ctid = any(array(
         select dead.ctid
         from dead
-        join message on message.seq = dead.seq
+        cross join lateral (select * from message where message.seq = dead.seq limit 1) as message
         join queue on queue.id = message.queue_id
-        join content on content.seq = message.seq
+        cross join lateral (select * from content where content.seq = dead.seq limit 1) as content
         where ($1::text is null or queue.name = $1)
             and ($2::text is null or content.kind = $2)
             and ($3::text is null or content.correlation_id = $3)
@@ -101,11 +97,10 @@ taken as (
 ),
 moved as (
     update message
-    set state = 0, failures = 0, crashes = 0, finished_at = null, reason = null, due_at = clock.now
-    from taken, clock
-    where message.seq = taken.seq
-    returning message.seq, message.id, message.queue_id, message.rank, message.due_at,
-        message.expires_at
+    set state = 0, failures = 0, crashes = 0, finished_at = null, reason = null,
+        due_at = (select now from clock)
+    where seq = any(array(select seq from taken))
+    returning seq, id, queue_id, rank, due_at, expires_at
 ),
 made_ready as (
     insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
@@ -124,7 +119,10 @@ const REDRIVE_OF_QUEUE: &str = redrive!(
     "(cardinality($6::uuid[]) = 0 or message.id = any($6))
             and dead.queue_id = (select id from queue where name = $1)"
 );
-const REDRIVE_NAMED: &str = redrive!("message.id = any($6::uuid[])");
+const REDRIVE_NAMED: &str = redrive!(
+    "message.id = any($6::uuid[])
+            and dead.seq = any(array(select seq from message where id = any($6::uuid[])))"
+);
 
 /// Deletes messages with all that belongs to them, given the numbers in `gone`. Their keys stay, and are
 /// from now on judged by their window alone.

@@ -65,22 +65,39 @@ lost as (
             "))
     returning seq, queue_id, attempt, replica, leased_at
 ),
-moved as (
-    update message
-    set attempts = lost.attempt,
-        crashes = message.crashes + 1,
-        state = case when message.crashes + 1 >= queue.max_crashes then 5 else 0 end,
-        due_at = case when message.crashes + 1 >= queue.max_crashes then message.due_at else clock.now end,
-        finished_at = case when message.crashes + 1 >= queue.max_crashes then clock.now end,
-        reason = case when message.crashes + 1 >= queue.max_crashes then format(
+judged as (
+    select array_agg(lost.seq) as seqs, array_agg(lost.attempt) as attempts,
+        array_agg(message.crashes + 1 >= queue.max_crashes) as died,
+        array_agg(format(
             '%s attempts ended with nobody answering for them; recovery.max_crashes is %s',
             message.crashes + 1, queue.max_crashes
-        ) end
-    from lost, queue, clock
-    where message.seq = lost.seq
-        and queue.id = lost.queue_id
-    returning message.seq, message.id, message.queue_id, message.rank, message.due_at, message.expires_at,
-        message.state, queue.name, lost.attempt, lost.replica, lost.leased_at, clock.now
+        )) as reasons
+    from lost
+    join queue on queue.id = lost.queue_id
+    cross join lateral (select crashes from message where message.seq = lost.seq limit 1) as message
+),
+moved as (
+    update message
+    set attempts = (select attempts from judged)[array_position((select seqs from judged), seq)],
+        crashes = crashes + 1,
+        state = case
+            when (select died from judged)[array_position((select seqs from judged), seq)] then 5
+            else 0
+        end,
+        due_at = case
+            when (select died from judged)[array_position((select seqs from judged), seq)] then due_at
+            else (select now from clock)
+        end,
+        finished_at = case
+            when (select died from judged)[array_position((select seqs from judged), seq)]
+            then (select now from clock)
+        end,
+        reason = case
+            when (select died from judged)[array_position((select seqs from judged), seq)]
+            then (select reasons from judged)[array_position((select seqs from judged), seq)]
+        end
+    where seq = any((select seqs from judged)::bigint[])
+    returning seq, id, queue_id, rank, due_at, expires_at, state, (select now from clock) as now
 ),
 made_ready as (
     insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
@@ -98,12 +115,13 @@ recorded as (
     insert into delivery (seq, number, replica, started_at, duration, outcome, error_kind, error, answer)
     select seq, attempt, replica, leased_at, greatest(now - leased_at, 0), 'lease_lost', 'lease_lost',
         'the lease ran out before an answer was written', ''
-    from moved
+    from lost, clock
     on conflict (seq, number) do nothing
 )
-select id, name as queue, state
+select moved.id, queue.name as queue, moved.state
 from moved
-order by seq"
+join queue on queue.id = moved.queue_id
+order by moved.seq"
         )
     };
 }
@@ -150,10 +168,9 @@ gone as (
 ),
 moved as (
     update message
-    set state = 6, finished_at = clock.now
-    from gone, clock
-    where message.seq = gone.seq
-    returning message.finished_at, message.seq, message.queue_id
+    set state = 6, finished_at = (select now from clock)
+    where seq = any(array(select seq from gone))
+    returning finished_at, seq, queue_id
 ),
 done as (
     insert into ended (finished_at, seq, queue_id)
@@ -232,12 +249,7 @@ macro_rules! past_keys {
 /// Whether a key's message can still be delivered or is dead. Lives on: the primary key of message.
 macro_rules! key_is_needed {
     () => {
-        "exists (
-    select 1
-    from message
-    where message.seq = idempotency.seq
-        and message.state in (0, 5)
-)"
+        "coalesce((select state from message where message.seq = idempotency.seq) in (0, 5), false)"
     };
 }
 
@@ -272,17 +284,33 @@ with gone as (
 ),
 from_ready as (
     delete from ready
-    using gone
-    where ready.queue_id = gone.queue_id
-        and ready.rank = gone.rank
-        and ready.due_at = gone.due_at
-        and ready.seq = gone.seq
+    where ctid = any(array(
+        select token.tid
+        from gone
+        cross join lateral (
+            select ready.ctid as tid
+            from ready
+            where ready.queue_id = gone.queue_id
+                and ready.rank = gone.rank
+                and ready.due_at = gone.due_at
+                and ready.seq = gone.seq
+            limit 1
+        ) as token
+    ))
 ),
 from_scheduled as (
     delete from scheduled
-    using gone
-    where scheduled.due_at = gone.due_at
-        and scheduled.seq = gone.seq
+    where ctid = any(array(
+        select token.tid
+        from gone
+        cross join lateral (
+            select scheduled.ctid as tid
+            from scheduled
+            where scheduled.due_at = gone.due_at
+                and scheduled.seq = gone.seq
+            limit 1
+        ) as token
+    ))
 ),
 from_lease as (
     delete from lease
@@ -294,10 +322,18 @@ from_dead as (
 ),
 from_ended as (
     delete from ended
-    using gone
-    where ended.queue_id = gone.queue_id
-        and ended.finished_at = gone.finished_at
-        and ended.seq = gone.seq
+    where ctid = any(array(
+        select token.tid
+        from gone
+        cross join lateral (
+            select ended.ctid as tid
+            from ended
+            where ended.queue_id = gone.queue_id
+                and ended.finished_at = gone.finished_at
+                and ended.seq = gone.seq
+            limit 1
+        ) as token
+    ))
 ),\n",
     delete_gone!(),
     "\
@@ -330,8 +366,20 @@ from gone";
 // Lives on: message_listed and the primary key of idempotency.
 const FORGET_DOOMED: &str = "\
 delete from doomed
-where not exists (select 1 from message where message.queue_id = doomed.queue_id)
-    and not exists (select 1 from idempotency where idempotency.queue_id = doomed.queue_id)";
+where (
+        select seq
+        from message
+        where message.queue_id = doomed.queue_id
+        order by message.queue_id, message.seq
+        limit 1
+    ) is null
+    and (
+        select key
+        from idempotency
+        where idempotency.queue_id = doomed.queue_id
+        order by idempotency.queue_id, idempotency.key
+        limit 1
+    ) is null";
 
 // Lives on: tally, at its beginning. What others have in hand is folded another time.
 const FOLD: &str = "\

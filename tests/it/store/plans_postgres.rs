@@ -37,25 +37,64 @@ const FILL: &str = "
 
 #[tokio::test]
 async fn every_statement_is_prepared_and_none_reads_a_big_table_whole() {
+    let mut connection = house().await;
+    connection.execute(FILL).await.unwrap();
+    let whole = |line: &str, _: &[&str]| {
+        BIG.iter().any(|table| line.contains(&format!("Seq Scan on {table} ")))
+    };
+    refuse(&mut connection, whole).await;
+}
+
+/// The plan that is made for empty tables may be kept when they are full.
+#[tokio::test]
+async fn no_statement_is_fooled_by_an_empty_table() {
+    let mut connection = house().await;
+    connection.execute("vacuum analyze").await.unwrap();
+    for (name, value) in Postgres::planning() {
+        let set = AssertSqlSafe(format!("set {name} = {value}"));
+        connection.execute(set).await.unwrap();
+    }
+    let whole = |line: &str, rest: &[&str]| {
+        let seq_scan = BIG.iter().any(|table| line.contains(&format!("Seq Scan on {table} ")));
+        let scan = BIG
+            .iter()
+            .any(|table| line.contains("Index") && line.contains(&format!(" on {table} ")));
+        let condition = rest.first().is_some_and(|next| next.contains("Index Cond"));
+        seq_scan || (scan && !condition)
+    };
+    refuse(&mut connection, whole).await;
+}
+
+/// Statements that read a big table from one end, no further than to their limit.
+const FROM_ONE_END: [&str; 3] = [
+    "select due_at - now_micros()",
+    "with recursive holder",
+    "from dead\n        cross join lateral",
+];
+
+async fn house() -> PgConnection {
     let url = fresh_database().await;
     Postgres::migrate(&url).await.unwrap();
     let mut connection = PgConnection::connect(&url).await.unwrap();
     connection.execute("set search_path = pumphouse").await.unwrap();
-    connection.execute(FILL).await.unwrap();
+    // Five times with real values is what makes the server keep a plan; this setting does it at once.
+    connection.execute("set plan_cache_mode = force_generic_plan").await.unwrap();
+    connection
+}
+
+/// Complains of every statement with a plan in which some line, seen with the lines after it, is wrong.
+async fn refuse(connection: &mut PgConnection, is_wrong: impl Fn(&str, &[&str]) -> bool) {
     let mut complaints = Vec::new();
     for (number, statement) in Postgres::statements().enumerate() {
-        let plan = plan(&mut connection, number, statement).await;
-        for table in BIG {
-            let whole = plan.lines().any(|line| {
-                line.split_once(&format!("Seq Scan on {table}"))
-                    .is_some_and(|(_, rest)| rest.starts_with(' '))
-            });
-            if whole {
-                complaints.push(format!("{table} is read whole:\n{statement}\n{plan}\n"));
-            }
+        let plan = plan(connection, number, statement).await;
+        let lines = plan.lines().collect::<Vec<_>>();
+        let wrong = (0..lines.len()).find(|at| is_wrong(lines[*at], &lines[at + 1..]));
+        let excused = FROM_ONE_END.iter().any(|start| statement.contains(start));
+        if let Some(at) = wrong.filter(|_| !excused) {
+            complaints.push(format!("{}:\n{statement}\n{plan}", lines[at]));
         }
     }
-    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
+    assert!(complaints.is_empty(), "{}", complaints.join("\n\n"));
 }
 
 /// The plan for values that are not known: the one that the server may keep for all.
@@ -70,8 +109,6 @@ async fn plan(connection: &mut PgConnection, number: usize, statement: &str) -> 
         sqlx::query_scalar(count).bind(&name).fetch_one(&mut *connection).await.unwrap();
     let nulls = vec!["null"; count as usize].join(", ");
     let arguments = if count == 0 { String::new() } else { format!("({nulls})") };
-    // Five times with real values is what makes the server keep a plan; this setting does it at once.
-    connection.execute("set plan_cache_mode = force_generic_plan").await.unwrap();
     let explain = AssertSqlSafe(format!("explain execute {name} {arguments}"));
     let rows = connection.fetch_all(explain).await.unwrap();
     rows.iter().map(|row| row.get::<String, _>(0) + "\n").collect()
