@@ -29,11 +29,14 @@ impl Books {
         duration: Duration,
         now: Timestamp,
     ) -> Vec<bool> {
-        let renew = |lease: &Lease| {
-            let held = self.row(lease.seq).is_some_and(|row| row.is_held_by(lease, now));
-            held && self.change(lease.seq, |row| row.prolong(after(now, duration))).is_some()
-        };
-        leases.iter().map(renew).collect()
+        // All are judged before any is prolonged, because all are asked about one moment.
+        let is_held =
+            |lease: &Lease| self.row(lease.seq).is_some_and(|row| row.is_held_by(lease, now));
+        let held = leases.iter().map(is_held).collect::<Vec<_>>();
+        for (lease, _) in leases.iter().zip(&held).filter(|(_, held)| **held) {
+            self.change(lease.seq, |row| row.prolong(after(now, duration)));
+        }
+        held
     }
 }
 

@@ -15,6 +15,9 @@ use pumphouse::store::{Amendment, Enqueue, Filter};
 
 use crate::support::stage::{ALL, LONG, dead_letter, discard, queue_name};
 
+/// A queue without `max_messages`.
+const NEVER_FULL: u8 = 0;
+
 /// One operation, with small numbers in place of names.
 #[derive(Debug, Clone)]
 pub(crate) enum Step {
@@ -160,7 +163,7 @@ impl Director {
     pub(crate) fn direct(&mut self, step: &Step) -> Action {
         match step.clone() {
             Step::Send { drafts, atomic, batch } => {
-                let messages = self.write(drafts);
+                let messages = if atomic { self.write_anew(drafts) } else { self.write(drafts) };
                 let batch = batch.map(|(name, print)| key("batch", name, print));
                 Action::Send(Enqueue { messages, atomic, batch })
             }
@@ -168,7 +171,7 @@ impl Director {
                 Action::Claim { queue: queue_of(queue), max, duration, urgent_only }
             }
             Step::Settle { lease, settlement, sent, with_record } => {
-                Action::Settle { lease, settlement, sent: self.write(sent), with_record }
+                Action::Settle { lease, settlement, sent: self.write_anew(sent), with_record }
             }
             Step::Renew { leases, duration } => Action::Renew { leases, duration },
             Step::Promote { max } => Action::Promote { max },
@@ -181,7 +184,11 @@ impl Director {
             Step::DeleteDead { message } => Action::DeleteDead { id: self.recent(message) },
             Step::Purge { queue } => Action::Purge { queue: queue_of(queue) },
             Step::PutQueue { queue, settings } => {
-                Action::PutQueue { queue: queue_of(queue), settings: settings_of(settings) }
+                let mut settings = settings_of(settings);
+                if queue == NEVER_FULL {
+                    settings.max_messages = None;
+                }
+                Action::PutQueue { queue: queue_of(queue), settings }
             }
             Step::DeleteQueue { queue, force } => {
                 Action::DeleteQueue { queue: queue_of(queue), force }
@@ -198,12 +205,22 @@ impl Director {
         &self.sent
     }
 
+    /// Messages with names of their own. Only a key promises that a repeat is told from something new
+    /// before anything else is; a name that is known is noticed where the message would go in, which is
+    /// too late where another one is refused.
+    fn write_anew(&mut self, drafts: Vec<Draft>) -> Vec<NewMessage> {
+        let anew = |draft| Draft { named_like: None, ..draft };
+        self.write(drafts.into_iter().map(anew).collect())
+    }
+
     fn write(&mut self, drafts: Vec<Draft>) -> Vec<NewMessage> {
         drafts.into_iter().map(|draft| self.write_one(draft)).collect()
     }
 
     fn write_one(&mut self, draft: Draft) -> NewMessage {
         let id = draft.named_like.map_or_else(MessageId::new, |back| self.recent(back));
+        // For the same reason to the queue that is never full.
+        let queue = if draft.named_like.is_some() { NEVER_FULL } else { draft.queue };
         self.sent.push(id);
         let body = format!("message {}", self.sent.len());
         let keys = draft.keys.into_iter().map(|(name, print)| key("message", name, print));
@@ -213,7 +230,7 @@ impl Director {
             expires: draft.life.map(When::In),
             priority: draft.priority,
             keys: keys.collect(),
-            ..NewMessage::new(queue_of(draft.queue), body)
+            ..NewMessage::new(queue_of(queue), body)
         }
     }
 
