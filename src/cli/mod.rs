@@ -139,15 +139,24 @@ pub fn run() -> ExitCode {
             if let Some(usage) = error.downcast_ref::<clap::Error>() {
                 usage.exit();
             }
-            let mut text = format!("pumphouse: {error}\n");
-            for cause in error.chain().skip(1) {
-                text.push_str(&format!("  because: {cause}\n"));
-            }
+            let text = format!("pumphouse: {}\n", causes(&error).join("\n  because: "));
             // Where standard error is closed there is nobody left to tell; the exit code says it too.
             let _ = io::stderr().write_all(text.as_bytes());
             ExitCode::FAILURE
         }
     }
+}
+
+/// What went wrong and why, from the outside in. Some libraries repeat the cause in their own words; what
+/// was said already is left out.
+fn causes(error: &anyhow::Error) -> Vec<String> {
+    let mut said: Vec<String> = Vec::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if !said.iter().any(|before| before.contains(&cause)) {
+            said.push(cause);
+        }
+    }
+    said
 }
 
 fn begin(command: Command) -> Result<()> {
@@ -194,14 +203,15 @@ pub fn command() -> clap::Command {
     Cli::command()
 }
 
-/// Prints a text and a line break. A reader that has gone, as in `pumphouse … | head`, is no failure.
+/// Prints a text and a line break; nothing for no text. A reader that has gone, as in
+/// `pumphouse … | head`, is no failure.
 fn print(text: &str) -> Result<()> {
+    if text.is_empty() {
+        return Ok(());
+    }
     let mut out = io::stdout().lock();
-    match out
-        .write_all(text.as_bytes())
-        .and_then(|()| out.write_all(b"\n"))
-        .and_then(|()| out.flush())
-    {
+    let printed = writeln!(out, "{text}").and_then(|()| out.flush());
+    match printed {
         Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("cannot print"),
         _ => Ok(()),
     }

@@ -23,7 +23,7 @@ use crate::store::{self, Precondition, PutQueue, Store};
 use crate::telemetry;
 
 use super::config::Config;
-use super::{log, signals};
+use super::{causes, log, signals};
 
 /// How long open requests may go on once the pump has ended.
 const DOORS_DEADLINE: Duration = Duration::from_secs(5);
@@ -215,7 +215,7 @@ async fn patiently<T>(
         match outcome {
             Ok(value) => return Ok(Some(value)),
             Err(error) if error.is_transient() => {
-                let why = format!("{:#}", anyhow::Error::from(error));
+                let why = causes(&error.into()).join(": ");
                 // Once for each reason, not once for each attempt.
                 if why != told {
                     tracing::warn!(%why, "cannot {what} yet; trying again until it works");

@@ -1,4 +1,6 @@
-//! Does the command line do what its help says? Here is what needs no running server.
+//! Does the command line do what its help says? Here is what needs no server; `talking` talks to one.
+
+mod talking;
 
 use std::process::{Command, Output};
 

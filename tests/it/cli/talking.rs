@@ -1,0 +1,141 @@
+//! The commands that talk to a running server, and what a server does with the queues it is started with.
+
+use std::fs;
+use std::process::Output;
+
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+
+use crate::support::client::Client;
+use crate::support::eventually;
+use crate::support::process::{Database, Process};
+
+use super::{fate, run};
+
+/// What a command prints that is told where the server is; it has to succeed.
+fn say(server: &Process, arguments: &[&str]) -> Value {
+    let output = tell(server, arguments);
+    assert_eq!(output.status.code(), Some(0), "{arguments:?}: {}", fate(&output).1);
+    serde_json::from_slice(&output.stdout).unwrap_or(Value::Null)
+}
+
+fn tell(server: &Process, arguments: &[&str]) -> Output {
+    run(&[("PUMPHOUSE_URL", &format!("http://{}", server.address()))], arguments)
+}
+
+#[tokio::test]
+async fn a_message_is_sent_with_all_that_was_said_about_it() {
+    let database = Database::sqlite();
+    let server = Process::start(&database, &["--queue", "q=discard:"]).await;
+    let options = ["--type", "greeting", "--delay", "1h", "--priority", "-5", "--key", "k"];
+    let send =
+        [&["send", "q", "{\"to\": \"ada\"}", "--header", "x-tenant=acme"][..], &options].concat();
+    let receipt = say(&server, &send);
+    assert_eq!(receipt["state"], "scheduled");
+    assert_eq!(say(&server, &send)["duplicate"], true, "the key was sent too");
+    let message = server.client().message(receipt["id"].as_str().expect("an id")).await;
+    assert_eq!(message["type"], "greeting");
+    assert_eq!(message["priority"], -5);
+    assert_eq!(message["content_type"], "application/json");
+    assert_eq!(message["headers"]["x-tenant"], "acme");
+}
+
+#[tokio::test]
+async fn a_refusal_is_printed_and_exits_with_1() {
+    let database = Database::sqlite();
+    let server = Process::start(&database, &[]).await;
+    let (code, said) = fate(&tell(&server, &["send", "nowhere", "x"]));
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("404 Not Found") && said.contains("no-such-queue"), "{said}");
+}
+
+#[tokio::test]
+async fn a_queue_is_made_stopped_started_and_deleted() {
+    let database = Database::sqlite();
+    let server = Process::start(&database, &[]).await;
+    say(&server, &["health"]);
+    say(&server, &["queues", "put", "q=http://127.0.0.1:1/"]);
+    let mut shown = say(&server, &["queues", "show", "q"]);
+    assert_eq!(shown["handler"]["url"], "http://127.0.0.1:1/");
+
+    shown["concurrency"]["limit"] = json!(3);
+    say(&server, &["queues", "put", "q", "--settings", &shown.to_string()]);
+    let folder = tempfile::tempdir().expect("a temporary directory can be made");
+    let file = folder.path().join("q.json");
+    fs::write(&file, shown.to_string()).expect("a file can be written");
+    say(&server, &["queues", "put", "r", "--settings", file.to_str().expect("a plain path")]);
+    let list = say(&server, &["queues", "list"]);
+    let limits =
+        list["items"].as_array().expect("items").iter().map(|queue| &queue["concurrency"]["limit"]);
+    assert_eq!(limits.collect::<Vec<_>>(), [&json!(3), &json!(3)]);
+
+    say(&server, &["queues", "stop", "q", "--deadline", "1s", "--reason", "it rains"]);
+    let stopped = say(&server, &["queues", "show", "q"]);
+    assert_eq!(stopped["stopped"]["reason"], "it rains");
+    say(&server, &["queues", "start", "q"]);
+    assert_eq!(say(&server, &["queues", "show", "q"])["stopped"], Value::Null);
+
+    say(&server, &["queues", "stop", "q"]);
+    say(&server, &["send", "q", "x"]);
+    assert_eq!(fate(&tell(&server, &["queues", "delete", "q"])).0, Some(1), "it is not empty");
+    assert_eq!(say(&server, &["queues", "purge", "q"])["purged"], 1);
+    say(&server, &["send", "q", "x"]);
+    say(&server, &["queues", "delete", "q", "--force"]);
+    assert_eq!(fate(&tell(&server, &["queues", "show", "q"])).0, Some(1), "it is gone");
+}
+
+#[tokio::test]
+async fn a_declared_queue_gets_its_handler_and_keeps_what_an_operator_changed() {
+    let database = Database::sqlite();
+    let mut server = Process::start(&database, &["--queue", "q=http://127.0.0.1:1/a"]).await;
+    server.client().patch_queue("q", &json!({"concurrency": {"limit": 3}})).await;
+    server.client().patch_queue("q", &json!({"handler": {"timeout": "7s"}})).await;
+
+    server.kill_hard().await;
+    let mut server = Process::start(&database, &["--queue", "q=http://127.0.0.1:1/a"]).await;
+    let same = server.client().queue("q").await;
+    assert_eq!(
+        (&same["handler"]["timeout"], &same["concurrency"]["limit"]),
+        (&json!("7s"), &json!(3))
+    );
+
+    server.kill_hard().await;
+    let server = Process::start(&database, &["--queue", "q=log:"]).await;
+    let other = server.client().queue("q").await;
+    assert_eq!(other["handler"], json!({"kind": "builtin", "name": "log"}));
+    assert_eq!(other["concurrency"]["limit"], 3);
+}
+
+#[tokio::test]
+async fn operators_get_a_listener_of_their_own() {
+    let flags = ["--admin-listen", "127.0.0.1:0", "--queue", "q=discard:"];
+    let database = Database::sqlite();
+    let server = Process::start(&database, &flags).await;
+    let log = server.log();
+    let (_, rest) = log.split_once("admin_address=").expect("the log names it");
+    let address = rest.split_whitespace().next().expect("an address");
+    let operator = Client::new(address.parse().expect("an address and a port"));
+    operator.get("/admin/v1/queues/q").await.expect(200);
+    operator.get("/readyz").await.expect(200);
+    operator.get("/v1/messages").await.expect(404);
+    server.client().get("/v1/messages").await.expect(200);
+    server.client().get("/admin/v1/queues/q").await.expect(404);
+}
+
+#[tokio::test]
+async fn an_address_in_use_and_a_file_in_use_are_named() {
+    let taken = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let address = taken.local_addr().expect("it has an address").to_string();
+    let (code, said) = fate(&run(&[], &["serve", "--listen", &address]));
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains(&format!("cannot listen on {address}")), "{said}");
+
+    let database = Database::sqlite();
+    let server = Process::start(&database, &[]).await;
+    let (code, said) = fate(&run(&[], &["migrate", "--database", &database.url()]));
+    assert_eq!(code, Some(1), "{said}");
+    assert!(said.contains("another process"), "{said}");
+    drop(server);
+    let free = async || run(&[], &["migrate", "--database", &database.url()]).status.success();
+    eventually("the file is free again", free).await;
+}
