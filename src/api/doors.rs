@@ -25,6 +25,7 @@ pub async fn serve(
     let graceful = GracefulShutdown::new();
     let tasks = TaskTracker::new();
     let mut server = auto::Builder::new(TokioExecutor::new());
+    // It counts from the end of the last request too, so that it also ends idle connections.
     server.http1().timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
     server
         .http2()

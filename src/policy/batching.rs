@@ -7,7 +7,7 @@ pub const LEASE_BATCH_MAX: usize = 1000;
 
 /// How many messages to hold beyond the open slots, so that the next delivery need not wait for a claim.
 ///
-/// As many as will be started within [`HORIZON`] at the pace of the last deliveries, so that a slow
+/// As many as will be started within 100 ms at the pace of the last deliveries, so that a slow
 /// handler holds nothing that another replica could be delivering; at most twice the limit.
 pub fn prefetch(limit: u32, usual_delivery: Option<Duration>) -> usize {
     let Some(usual) = usual_delivery else { return 0 };

@@ -7,7 +7,7 @@
 //! again harmless. A future that is dropped half-way leaves the store whole, and the write may happen.
 //!
 //! Times are compared with one clock, the store's own: Postgres asks the server, the stores inside this
-//! process ask their [`Clock`](crate::clock::Clock). So delays come in as durations, not as moments.
+//! process ask their [`Clock`]. So delays come in as durations, not as moments.
 //!
 //! ```text
 //!   memory    the promises in their shortest form; the reference; gone with the process

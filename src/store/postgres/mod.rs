@@ -91,7 +91,8 @@ impl Postgres {
             enqueues: Desk::open(&tasks, durable(), herald.clone(), stop.clone()),
             settles: Desk::open(&tasks, durable(), herald.clone(), stop.clone()),
             hands: Hands { pool: open::pool(durable(), 8), tasks: tasks.clone() },
-            claims: Hands { pool: open::pool(options.relaxed, 4), tasks },
+            // Durable too: a number of an attempt that the server forgot in a crash would come again.
+            claims: Hands { pool: open::pool(durable(), 4), tasks },
             herald,
             incarnations: Mutex::default(),
             _stop_when_dropped: stop.clone().drop_guard(),

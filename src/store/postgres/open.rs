@@ -37,7 +37,7 @@ pub(super) const PLANNING: &[(&str, &str)] = &[
 pub(super) struct Options {
     /// A commit is on the disk when it returns.
     pub(super) durable: PgConnectOptions,
-    /// A commit may be forgotten if the server crashes.
+    /// A commit may be forgotten if the server crashes: for hints only.
     pub(super) relaxed: PgConnectOptions,
 }
 

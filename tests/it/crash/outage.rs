@@ -52,7 +52,7 @@ async fn a_process_outlives_its_database_and_loses_nothing() {
     })
     .await;
     let ledger = Ledger::read(promised, &scene.client, "q", &scene.receiver, "/q").await;
-    ledger.check_but_for_forgotten_claims(OUTAGES * LIMIT);
+    ledger.check();
     assert_eq!(ledger.kept.len(), ledger.promised.len(), "what was repeated was taken once");
 }
 

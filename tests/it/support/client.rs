@@ -34,6 +34,8 @@ impl Client {
     /// A client of the process that listens there.
     pub(crate) fn new(address: SocketAddr) -> Self {
         let http = reqwest::Client::builder()
+            // Shorter than the server keeps an idle connection, or a request may meet one that just closed.
+            .pool_idle_timeout(Duration::from_secs(4))
             .no_proxy()
             .redirect(reqwest::redirect::Policy::none())
             .timeout(Duration::from_secs(60));

@@ -71,16 +71,6 @@ impl Ledger {
         assert!(wrong.is_empty(), "{} violations:\n{}", wrong.len(), wrong.join("\n"));
     }
 
-    /// The same after the database's own server crashed: it may have forgotten claims, so that up to so many
-    /// deliveries have no record or a number that came again. What was promised is never forgiven.
-    #[track_caller]
-    pub(crate) fn check_but_for_forgotten_claims(&self, at_most: usize) {
-        let lost = self.lost();
-        assert!(lost.is_empty(), "{} lost:\n{}", lost.len(), lost.join("\n"));
-        let wrong = self.violations();
-        assert!(wrong.len() <= at_most, "{} violations:\n{}", wrong.len(), wrong.join("\n"));
-    }
-
     /// What handler and store say of one message, to stand behind what is wrong with it.
     fn history(&self, id: &str) -> String {
         let handled = self.handled.get(id).map_or(&[][..], |handled| handled);
