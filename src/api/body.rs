@@ -8,6 +8,7 @@ use axum::extract::{FromRequestParts, Request};
 use bytes::Bytes;
 use http::{HeaderMap, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
+use serde::Deserializer;
 use serde::de::DeserializeOwned;
 use serde_path_to_error::Segment;
 
@@ -106,12 +107,21 @@ where
 /// Parses JSON: 400 where it is none, 422 with a pointer where it is not what was wanted.
 pub(super) fn json<T: DeserializeOwned>(text: &[u8]) -> Result<T, Problem> {
     let mut parser = serde_json::Deserializer::from_slice(text);
-    let value = serde_path_to_error::deserialize::<_, T>(&mut parser).map_err(|error| {
-        let pointer = pointer(error.path().iter());
-        wrong_json(error.inner(), pointer)
-    })?;
+    let value = parse(&mut parser)?;
     parser.end().map_err(|error| wrong_json(&error, String::new()))?;
     Ok(value)
+}
+
+/// The same of JSON that is being read, or was read already.
+pub(super) fn parse<'de, T, J>(json: J) -> Result<T, Problem>
+where
+    T: DeserializeOwned,
+    J: Deserializer<'de, Error = serde_json::Error>,
+{
+    serde_path_to_error::deserialize(json).map_err(|error| {
+        let pointer = pointer(error.path().iter());
+        wrong_json(error.inner(), pointer)
+    })
 }
 
 fn wrong_json(error: &serde_json::Error, pointer: String) -> Problem {

@@ -15,7 +15,7 @@ use crate::model::{Invalid, QueueName, QueueRecord, RunState};
 use crate::store::{DeleteQueue, Depth, Precondition, PutQueue};
 
 use super::Doors;
-use super::body::{Path, Query, read_json, read_json_or_default};
+use super::body::{Path, Query, parse, read_json, read_json_or_default};
 use super::messages::Nothing;
 use super::problem::{self, Problem, ProblemBody};
 use super::pump::{StopAnswer, StopBody};
@@ -131,7 +131,7 @@ async fn put_queue(
     let precondition = precondition(request.headers())?;
     let mut body = read_json::<Value>(request).await?;
     drop_read_only(&mut body);
-    let body = settings_body(body)?;
+    let body = parse::<SettingsBody, _>(body)?;
     let before = doors.pump().store().queue(&name).await?;
     let settings = body.into_settings(before.as_ref().map(|queue| &queue.settings))?;
     let put = doors.put_queue(name, settings, precondition).await?;
@@ -175,7 +175,7 @@ async fn patch_queue(
         let mut body = serde_json::to_value(SettingsBody::from(&found.settings))
             .map_err(|_| Problem::new(problem::INTERNAL, "settings could not be written"))?;
         merge_patch(&mut body, patch.clone());
-        let settings = settings_body(body)?.into_settings(Some(&found.settings))?;
+        let settings = parse::<SettingsBody, _>(body)?.into_settings(Some(&found.settings))?;
         let put = doors.put_queue(name.clone(), settings, Precondition::Matches(etag)).await?;
         if let PutQueue::Replaced(queue) = put {
             return answer(&doors, StatusCode::OK, &queue).await;
@@ -360,13 +360,6 @@ fn drop_read_only(body: &mut Value) {
             members.remove(name);
         }
     }
-}
-
-/// The settings in a body, with pointers to what is wrong.
-fn settings_body(body: Value) -> Result<SettingsBody, Problem> {
-    let text = serde_json::to_vec(&body)
-        .map_err(|_| Problem::new(problem::INTERNAL, "settings could not be written"))?;
-    super::body::json(&text)
 }
 
 fn precondition(headers: &HeaderMap) -> Result<Precondition, Problem> {

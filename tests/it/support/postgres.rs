@@ -142,7 +142,7 @@ fn serve(programs: &Programs, data: &Path, port: u16, settings: &str) -> bool {
 }
 
 /// Where files need no disk, if there is room for a database for every test.
-fn memory_disk() -> Option<&'static Path> {
+pub(crate) fn memory_disk() -> Option<&'static Path> {
     const ROOM_KILOBYTES: u64 = 4 << 20;
     let memory = Path::new("/dev/shm");
     let free = Command::new("df").arg("-Pk").arg(memory).output().ok()?;

@@ -35,6 +35,14 @@ impl Database {
         Self::Postgres(postgres::fresh_database().await)
     }
 
+    /// The same where no disk is needed, for what is said of the pump and not of a disk: behind the syncs of
+    /// other tests a commit takes up to a second. Postgres' cluster stands there already.
+    pub(crate) fn off_the_disk(self) -> Self {
+        let Self::Sqlite(directory) = self else { return self };
+        let Some(memory) = postgres::memory_disk() else { return Self::Sqlite(directory) };
+        Self::Sqlite(tempfile::tempdir_in(memory).expect("a temporary directory can be made"))
+    }
+
     /// What `--database` is to be.
     pub(crate) fn url(&self) -> String {
         match self {
