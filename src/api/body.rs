@@ -6,7 +6,7 @@ use std::time::Duration;
 use axum::body::Body;
 use axum::extract::{FromRequestParts, Request};
 use bytes::Bytes;
-use http::{HeaderMap, header};
+use http::{HeaderMap, HeaderValue, header};
 use http_body_util::{BodyExt, LengthLimitError, Limited};
 use serde::Deserializer;
 use serde::de::DeserializeOwned;
@@ -28,12 +28,19 @@ pub(super) struct Query<T>(pub(super) T);
 
 /// Reads a body of at most `limit` bytes, within a time.
 ///
-/// One that is announced larger is refused before a byte of it is kept.
+/// One that is announced larger is refused before a byte of it is kept, and so is one with a
+/// `Content-Encoding`, because the handler would get the bytes without the word that explains them.
 pub(super) async fn read(
     headers: &HeaderMap,
     mut body: Body,
     limit: usize,
 ) -> Result<Bytes, Problem> {
+    let encoding = headers.get(header::CONTENT_ENCODING).map(HeaderValue::as_bytes);
+    if encoding.is_some_and(|encoding| !encoding.eq_ignore_ascii_case(b"identity")) {
+        hear_out(headers, &mut body).await;
+        let detail = "a Content-Encoding is not taken: send the bytes plain, or with the media type of what they are, like application/gzip";
+        return Err(Problem::new(problem::MEDIA_TYPE, detail));
+    }
     let too_large =
         || Problem::new(problem::TOO_LARGE, format!("a request here has at most {limit} bytes"));
     let announced = headers.get(header::CONTENT_LENGTH).and_then(|value| value.to_str().ok());

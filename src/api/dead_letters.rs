@@ -15,7 +15,7 @@ use crate::store::{Amended, Filter};
 use super::Doors;
 use super::body::{Path, Query, read_json, read_json_or_default};
 use super::messages::{self, MessageBody, MessageList, Nothing, amended_body, message_id};
-use super::pages::ListQuery;
+use super::pages::{ListQuery, text};
 use super::problem::{self, Problem, ProblemBody};
 
 pub(super) fn routes() -> OpenApiRouter<Doors> {
@@ -133,8 +133,8 @@ async fn redrive(
     let filter = Filter {
         ids: ids.collect::<Result<_, _>>()?,
         queue: queue.map_err(|wrong| Invalid::new("/filter/queue", wrong.detail))?,
-        kind: body.filter.r#type,
-        correlation_id: body.filter.correlation_id,
+        kind: text("/filter/type", body.filter.r#type.as_deref())?,
+        correlation_id: text("/filter/correlation_id", body.filter.correlation_id.as_deref())?,
         ..Filter::default()
     };
     if filter == Filter::default() {

@@ -62,14 +62,20 @@ pub(super) fn from_headers(
     let mut message = NewMessage::new(queue.clone(), body);
     let mut forwarded = Vec::new();
     let (mut delay, mut deliver_at, mut expires_in, mut expires_at) = (None, None, None, None);
-    for (name, value) in headers {
-        let is_ours = name.as_str().starts_with("pumphouse-");
+    message.details.traceparent = trace_header(headers, "traceparent");
+    message.details.tracestate = trace_header(headers, "tracestate");
+    message.details.baggage = trace_header(headers, "baggage");
+    for name in headers.keys() {
         if name.as_str().starts_with("ce-") {
             return Err(not_available("CloudEvents"));
         }
-        if !is_ours && !TRACING.contains(&name.as_str()) {
+        if !name.as_str().starts_with("pumphouse-") {
             continue;
         }
+        let mut values = headers.get_all(name).iter();
+        let (Some(value), None) = (values.next(), values.next()) else {
+            return Err(Invalid::new(name.as_str(), "an option is given once").into());
+        };
         let text = std::str::from_utf8(value.as_bytes())
             .map_err(|_| Invalid::new(name.as_str(), "a header's value is UTF-8"))?;
         let wrong = |wrong: Invalid| Invalid::new(name.as_str(), wrong.detail);
@@ -87,9 +93,6 @@ pub(super) fn from_headers(
             "pumphouse-causation-id" => message.details.causation_id = Some(text.to_owned()),
             "pumphouse-group" => return Err(not_available("an ordering group")),
             "pumphouse-fairness-key" => return Err(not_available("a fairness key")),
-            "traceparent" => message.details.traceparent = Some(text.to_owned()),
-            "tracestate" => message.details.tracestate = Some(text.to_owned()),
-            "baggage" => message.details.baggage = Some(text.to_owned()),
             other => match other.strip_prefix("pumphouse-forward-") {
                 Some(forward) => forwarded.push((forward.to_owned(), text.to_owned())),
                 None => {
@@ -109,6 +112,15 @@ pub(super) fn from_headers(
         .map_err(|_| Invalid::new("Content-Type", "a media type is ASCII"))?;
     check(&message)?;
     Ok(message)
+}
+
+/// A header of W3C Trace Context or Baggage; lists that came in several lines are joined, as they say.
+/// What cannot be read is left out, because a broken trace must not cost a message.
+fn trace_header(headers: &HeaderMap, name: &str) -> Option<String> {
+    let values = headers.get_all(name).iter();
+    let values = values.map(|value| std::str::from_utf8(value.as_bytes()).ok());
+    let values = values.collect::<Option<Vec<_>>>()?;
+    (!values.is_empty()).then(|| values.join(","))
 }
 
 impl Envelope {
@@ -249,11 +261,7 @@ fn check(message: &NewMessage) -> Result<(), Problem> {
         ("/causation_id", &details.causation_id),
         ("/content_type", &details.content_type),
     ] {
-        let good = |text: &String| {
-            !text.is_empty() && text.len() <= TEXT_MAX && !text.chars().any(char::is_control)
-        };
-        if text.as_ref().is_some_and(|text| !good(text)) {
-            let detail = "1 to 255 bytes without control characters";
+        if let Some(Err(detail)) = text.as_deref().map(check_text) {
             wrong.push(Invalid::new(pointer, detail));
         }
     }
@@ -268,6 +276,15 @@ fn check(message: &NewMessage) -> Result<(), Problem> {
         wrong.push(Invalid::new("/headers", "at most 32 headers of 16 KiB together"));
     }
     if wrong.is_empty() { Ok(()) } else { Err(Problem::invalid(wrong)) }
+}
+
+/// Whether a text can be a type, an id of a conversation or a media type.
+pub(super) fn check_text(text: &str) -> Result<(), &'static str> {
+    if !text.is_empty() && text.len() <= TEXT_MAX && !text.chars().any(char::is_control) {
+        Ok(())
+    } else {
+        Err("1 to 255 bytes without control characters")
+    }
 }
 
 /// Whether a header may be sent on to a handler.
@@ -295,7 +312,6 @@ pub(super) fn not_available(what: &str) -> Problem {
     Problem::new(problem::NOT_AVAILABLE, detail)
 }
 
-const TRACING: [&str; 3] = ["traceparent", "tracestate", "baggage"];
 const RESERVED: [&str; 14] = [
     "connection",
     "keep-alive",

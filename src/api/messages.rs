@@ -230,7 +230,12 @@ pub(super) async fn list(
     with_payload: bool,
 ) -> Result<MessageList, Problem> {
     let store = doors.pump().store();
-    let listed = store.messages(filter, page).await?;
+    let mut listed = store.messages(filter.clone(), page).await?;
+    let fitting = fitting(&listed.items);
+    if with_payload && fitting < listed.items.len() {
+        // Asked again, because only the store knows where the page after a shorter one begins.
+        listed = store.messages(filter, Page { limit: fitting, ..page }).await?;
+    }
     let mut items = Vec::with_capacity(listed.items.len());
     for record in &listed.items {
         let mut body = message_body(record);
@@ -241,6 +246,20 @@ pub(super) async fn list(
     }
     Ok(MessageList { items, next: listed.next.map(write_cursor) })
 }
+
+/// How many messages, from the front, have payloads that fit into one answer; at least one.
+fn fitting(records: &[Record]) -> usize {
+    let mut room = PAYLOADS_BYTES_MAX;
+    let fits = |record: &&Record| {
+        let left = room.checked_sub(record.size);
+        room = left.unwrap_or(0);
+        left.is_some()
+    };
+    records.iter().take_while(fits).count().max(1)
+}
+
+/// How many bytes of payloads a list holds at most, but for a single larger one.
+const PAYLOADS_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
 fn put_payload(body: &mut MessageBody, payload: &Bytes) {
     let content_type = body.content_type.as_deref().unwrap_or("");

@@ -9,6 +9,7 @@ use utoipa::IntoParams;
 use crate::model::{ErrorKind, Invalid, QueueName, State};
 use crate::store::{Filter, Page};
 
+use super::envelope::check_text;
 use super::problem::{self, Problem};
 
 /// Which messages, and which part of the list.
@@ -32,7 +33,7 @@ pub(super) struct ListQuery {
     since: Option<String>,
     /// Enqueued before; RFC 3339.
     until: Option<String>,
-    /// `payload` to have payloads in the list.
+    /// `payload` to have payloads in the list: at most 16 MiB of them, so that a page can be shorter.
     include: Option<String>,
     /// Not available in this version.
     group: Option<String>,
@@ -77,8 +78,8 @@ impl ListQuery {
         Ok(Filter {
             queue: self.queue.as_deref().map(QueueName::parse).transpose()?,
             state: self.state.as_deref().map(State::parse).transpose()?,
-            kind: self.r#type.clone(),
-            correlation_id: self.correlation_id.clone(),
+            kind: text("type", self.r#type.as_deref())?,
+            correlation_id: text("correlation_id", self.correlation_id.as_deref())?,
             since: time("since", self.since.as_deref())?,
             until: time("until", self.until.as_deref())?,
             ids: Vec::new(),
@@ -92,6 +93,13 @@ impl ListQuery {
             Some(_) => Err(Invalid::new("include", "payload is the only thing to include").into()),
         }
     }
+}
+
+/// What a message's type or correlation id can be; anything else cannot match.
+pub(super) fn text(name: &str, text: Option<&str>) -> Result<Option<String>, Invalid> {
+    text.map(|text| check_text(text).map(|()| text.to_owned()))
+        .transpose()
+        .map_err(|detail| Invalid::new(name, detail))
 }
 
 fn time(name: &str, text: Option<&str>) -> Result<Option<Timestamp>, Invalid> {

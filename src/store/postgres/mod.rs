@@ -18,6 +18,7 @@ mod facts;
 mod lease;
 mod settle;
 mod upkeep;
+mod sweep;
 mod attend;
 mod listing;
 mod surgery;
@@ -127,6 +128,7 @@ impl Postgres {
             lease::STATEMENTS,
             settle::STATEMENTS,
             upkeep::STATEMENTS,
+            sweep::STATEMENTS,
             attend::STATEMENTS,
             listing::STATEMENTS,
             surgery::STATEMENTS,
@@ -164,7 +166,7 @@ impl Store for Postgres {
     }
 
     async fn sweep(&self, max: usize) -> Result<Swept> {
-        upkeep::sweep(self, max).await
+        sweep::sweep(self, max).await
     }
 
     async fn attend(&self, attendance: Attendance) -> Result<Attended> {

@@ -6,9 +6,11 @@
 //! task waits for nothing but SQLite while a transaction is open.
 
 use std::any::Any;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 use std::time::Instant;
 
+use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::{CancellationToken, DropGuard};
@@ -116,7 +118,7 @@ impl Writer {
 }
 
 async fn ask<T>(to: &mpsc::Sender<Work>, work: impl FnOnce(Reply<T>) -> Work) -> Result<T> {
-    let closed = || Error::Unavailable("the store is closed".into());
+    let closed = || Error::Unavailable("the store is closed, or failed over this call".into());
     let (reply, answer) = oneshot::channel();
     to.send(work(reply)).await.map_err(|_| closed())?;
     answer.await.map_err(|_| closed())?
@@ -124,12 +126,20 @@ async fn ask<T>(to: &mpsc::Sender<Work>, work: impl FnOnce(Reply<T>) -> Work) ->
 
 async fn write_until_stopped(mut desk: Desk, mut inbox: Inbox) {
     while let Some(first) = inbox.next().await {
-        match first {
-            Work::Errand(errand, reply) => run_errand(&mut desk, errand, reply).await,
-            first => {
-                let batch = inbox.gather(first);
-                run(&mut desk, batch).await;
+        let write = async {
+            match first {
+                Work::Errand(errand, reply) => run_errand(&mut desk, errand, reply).await,
+                first => {
+                    let batch = inbox.gather(first);
+                    run(&mut desk, batch).await;
+                }
             }
+        };
+        // A bug met in one transaction must not end all writing. Its callers hear that it was not done,
+        // and nothing of it is kept: what the desk knows is read or made again when the next one begins.
+        if AssertUnwindSafe(write).catch_unwind().await.is_err() {
+            tracing::error!("a bug was met while writing; the transaction is rolled back");
+            desk.roll_back().await;
         }
     }
     desk.close().await;
@@ -246,6 +256,7 @@ enum Failed {
 /// Writes a batch and answers everybody in it. Where it fails, each call is tried alone, so that only
 /// the one which the database does not want fails.
 async fn run(desk: &mut Desk, batch: Batch) {
+    desk.careful = false;
     match attempt(desk, &batch).await {
         Ok(answers) => answer(desk, batch, answers).await,
         Err(Failed::Applying(error)) if batch.len() > 1 || is_known_already(&error) => {
@@ -257,7 +268,6 @@ async fn run(desk: &mut Desk, batch: Batch) {
                     Err(Failed::Applying(error) | Failed::Committing(error)) => fail(alone, error),
                 }
             }
-            desk.careful = false;
         }
         Err(Failed::Applying(error) | Failed::Committing(error)) => fail(batch, error),
     }

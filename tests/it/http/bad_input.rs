@@ -76,6 +76,9 @@ const CASES: &[Case] = &[
     ("POST", SEND, &[("pumphouse-priority", "high")], b"x", &[422]),
     ("POST", SEND, &[("pumphouse-priority", "1e9")], b"x", &[422]),
     ("POST", SEND, &[("pumphouse-colour", "red")], b"x", &[422]),
+    ("POST", SEND, &[("pumphouse-priority", "1"), ("pumphouse-priority", "2")], b"x", &[422]),
+    ("POST", SEND, &[("content-encoding", "gzip")], b"x", &[415]),
+    ("PATCH", QUEUE, &[("content-type", PATCH), ("content-encoding", "br")], b"{}", &[415]),
     ("POST", SEND, &[("pumphouse-forward-host", "evil")], b"x", &[422]),
     ("POST", SEND, &[("pumphouse-forward-content-length", "1")], b"x", &[422]),
     ("POST", SEND, &[("pumphouse-forward-transfer-encoding", "chunked")], b"x", &[422]),
@@ -233,6 +236,9 @@ const CASES: &[Case] = &[
     ("GET", "/v1/messages?cursor=%00%ff", &[], b"", &[400, 422]),
     ("GET", "/v1/messages?state=gone", &[], b"", &[422]),
     ("GET", "/v1/messages?queue=NO", &[], b"", &[422]),
+    ("GET", "/v1/messages?type=%00", &[], b"", &[422]),
+    ("GET", "/v1/messages?correlation_id=", &[], b"", &[422]),
+    ("GET", "/admin/v1/dead-letters?type=a%0Ab", &[], b"", &[422]),
     ("GET", "/v1/messages?since=yesterday", &[], b"", &[422]),
     ("GET", "/v1/messages?colour=red", &[], b"", &[422]),
     ("GET", "/admin/v1/dead-letters?cursor=!!", &[], b"", &[422]),
@@ -354,6 +360,23 @@ async fn what_is_no_http_ends_its_own_connection_only() {
     }
     assert!(scene.process.runs());
     assert_eq!(scene.client.all("/v1/messages?queue=q").await.len(), 0);
+}
+
+#[tokio::test]
+async fn a_connection_that_says_too_little_is_closed() {
+    let scene = Scene::new().await;
+    // Nothing; what may become HTTP/2 or a POST; half a head.
+    let cases: [&[u8]; 4] = [b"", b"P", b"PRI * HTTP/2.0\r\n", b"POST / HTTP/1.1\r\nhost: "];
+    let silent = cases.map(async |bytes| {
+        let mut stream = TcpStream::connect(scene.process.address()).await.expect("it listens");
+        stream.write_all(bytes).await.expect("a few bytes fit");
+        let mut answer = Vec::new();
+        let read = tokio::time::timeout(Duration::from_secs(60), stream.read_to_end(&mut answer));
+        (String::from_utf8_lossy(bytes).into_owned(), read.await.is_ok())
+    });
+    for (said, closed) in futures::future::join_all(silent).await {
+        assert!(closed, "still open after {said:?}");
+    }
 }
 
 #[tokio::test]

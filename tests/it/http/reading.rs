@@ -62,6 +62,29 @@ async fn a_payload_stands_in_json_as_text_or_as_base64() {
 }
 
 #[tokio::test]
+async fn a_page_with_payloads_ends_before_it_grows_too_large() {
+    let scene = Scene::new().await;
+    scene.queue_with("q", json!({"concurrency": {"limit": 0}})).await;
+    let mut sent = Vec::new();
+    for _ in 0..20 {
+        sent.push(scene.client.send("q", vec![b'x'; 1024 * 1024]).await);
+    }
+    sent.reverse();
+    let with = "/v1/messages?queue=q&include=payload";
+    let first = scene.client.get(with).await.expect(200).json();
+    let ids = |page: &Value| {
+        let items = page["items"].as_array().expect("items").iter();
+        items.map(|item| text(item, "/id").to_owned()).collect::<Vec<_>>()
+    };
+    assert_eq!(ids(&first), sent[..16], "16 MiB of payloads");
+    let next = text(&first, "/next");
+    let second = scene.client.get(&format!("{with}&cursor={next}")).await.expect(200).json();
+    assert_eq!((ids(&second), &second["next"]), (sent[16..].to_vec(), &Value::Null));
+    let without = scene.client.get("/v1/messages?queue=q").await.expect(200).json();
+    assert_eq!(ids(&without), sent);
+}
+
+#[tokio::test]
 async fn a_payload_comes_back_with_its_content_type() {
     let scene = Scene::new().await;
     scene.queue("q").await;

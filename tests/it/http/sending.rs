@@ -74,6 +74,7 @@ async fn options_in_headers_reach_message_and_handler() {
         .header("Pumphouse-Forward-X-Tenant", "acme")
         .header("traceparent", trace)
         .header("tracestate", "vendor=1")
+        .header("tracestate", "other=2")
         .header("baggage", "user=ada");
     let id = ask(request).await.expect(201).id();
     let delivery = scene.receiver.wait_for("/options", 1).await.remove(0);
@@ -239,7 +240,7 @@ fn the_options_arrived(delivery: &Delivery, trace: &str) {
     assert_eq!(delivery.header("pumphouse-correlation-id"), "conversation-1");
     assert_eq!(delivery.header("pumphouse-causation-id"), "cause-1");
     assert_eq!(delivery.header("x-tenant"), "acme");
-    assert_eq!(delivery.header("tracestate"), "vendor=1");
+    assert_eq!(delivery.header("tracestate"), "vendor=1,other=2");
     assert_eq!(delivery.header("baggage"), "user=ada");
     let parent = delivery.header("traceparent");
     assert!(parent.starts_with(&trace[..36]) && parent.ends_with("-01"), "{parent}");

@@ -1,0 +1,330 @@
+//! What is deleted from time to time: what has expired, what is past its retention, keys that no longer
+//! count, and what is left of deleted queues. Any replica may do it, and all at once: each takes what
+//! the others do not have in hand.
+
+use std::collections::BTreeMap;
+
+use sqlx::{PgConnection, query, query_scalar};
+
+use super::super::{Result, Swept};
+use super::Postgres;
+use super::fault::Trouble;
+use super::surgery::delete_gone;
+use super::upkeep::{counts, limit};
+
+/// Ends messages that waited longer than their sender wanted, given their numbers in `gone`.
+/// Lives on: the primary keys of message, ended and queue.
+macro_rules! expire {
+    ($table:literal) => {
+        concat!(
+            "\
+with clock as (
+    select now_micros() as now
+),
+gone as (
+    delete from ",
+            $table,
+            "
+    where ctid = any(array(
+        select ctid
+        from ",
+            $table,
+            "
+        where expires_at <= (select now from clock)
+        order by expires_at
+        limit $1
+        for update skip locked
+    ))
+    returning seq
+),
+moved as (
+    update message
+    set state = 6, finished_at = (select now from clock)
+    where seq = any(array(select seq from gone))
+    returning finished_at, seq, queue_id
+),
+done as (
+    insert into ended (finished_at, seq, queue_id)
+    select finished_at, seq, queue_id
+    from moved
+)
+select (select name from queue where queue.id = moved.queue_id) as queue, count(*) as n
+from moved
+group by queue_id"
+        )
+    };
+}
+
+// Live on: ready_expiring and scheduled_expiring; see `expire`.
+const EXPIRE_READY: &str = expire!("ready");
+const EXPIRE_SCHEDULED: &str = expire!("scheduled");
+
+/// Deletes what is past its retention. See `delete_gone`.
+macro_rules! forget {
+    ($table:literal, $retention:literal) => {
+        concat!(
+            "\
+with clock as (
+    select now_micros() as now
+),
+gone as (
+    delete from ",
+            $table,
+            "
+    where ctid = any(array(
+        select past.tid
+        from queue
+        cross join lateral (
+            select ctid as tid
+            from ",
+            $table,
+            "
+            where queue_id = queue.id
+                and finished_at <= (select now from clock) - queue.",
+            $retention,
+            "
+            order by queue_id, finished_at, seq
+            limit $1
+            for update skip locked
+        ) as past
+        limit $1
+    ))
+    returning seq
+),\n",
+            delete_gone!(),
+            "\
+select count(*)
+from gone"
+        )
+    };
+}
+
+// Live on: the primary key of ended, and dead_since; once for each queue. See `delete_gone`.
+const FORGET_ENDED: &str = forget!("ended", "retention_completed");
+const FORGET_DEAD: &str = forget!("dead", "retention_dead");
+
+/// Keys that are to be looked at, at most `$1`. Lives on: idempotency_sweep.
+macro_rules! past_keys {
+    () => {
+        "ctid = any(array(
+    select ctid
+    from idempotency
+    where sweep_at <= (select now_micros())
+    order by sweep_at
+    limit $1
+    for update skip locked
+))"
+    };
+}
+
+/// Whether a key's message can still be delivered or is dead. Lives on: the primary key of message.
+macro_rules! key_is_needed {
+    () => {
+        "coalesce((select state from message where message.seq = idempotency.seq) in (0, 5), false)"
+    };
+}
+
+// Lives on: see `past_keys` and `key_is_needed`.
+const FORGET_KEYS: &str =
+    concat!("delete from idempotency\nwhere ", past_keys!(), "\nand not ", key_is_needed!());
+
+// Lives on: see `past_keys` and `key_is_needed`. They are looked at again later, so that they do not
+// stand in the way of the others.
+const KEEP_KEYS: &str = concat!(
+    "update idempotency\nset sweep_at = now_micros() + $2\nwhere ",
+    past_keys!(),
+    "\nand ",
+    key_is_needed!()
+);
+
+// Lives on: message_listed; then the primary keys of all tables in which a message has a row.
+const CLEAR_DOOMED: &str = concat!(
+    "\
+with gone as (
+    select found.*
+    from doomed
+    cross join lateral (
+        select message.seq, message.queue_id, message.rank, message.due_at, message.finished_at
+        from message
+        where message.queue_id = doomed.queue_id
+        order by message.queue_id, message.seq
+        limit $1
+        for update skip locked
+    ) as found
+    limit $1
+),
+from_ready as (
+    delete from ready
+    where ctid = any(array(
+        select token.tid
+        from gone
+        cross join lateral (
+            select ready.ctid as tid
+            from ready
+            where ready.queue_id = gone.queue_id
+                and ready.rank = gone.rank
+                and ready.due_at = gone.due_at
+                and ready.seq = gone.seq
+            limit 1
+        ) as token
+    ))
+),
+from_scheduled as (
+    delete from scheduled
+    where ctid = any(array(
+        select token.tid
+        from gone
+        cross join lateral (
+            select scheduled.ctid as tid
+            from scheduled
+            where scheduled.due_at = gone.due_at
+                and scheduled.seq = gone.seq
+            limit 1
+        ) as token
+    ))
+),
+from_lease as (
+    delete from lease
+    where seq = any(array(select seq from gone))
+),
+from_dead as (
+    delete from dead
+    where seq = any(array(select seq from gone))
+),
+from_ended as (
+    delete from ended
+    where ctid = any(array(
+        select token.tid
+        from gone
+        cross join lateral (
+            select ended.ctid as tid
+            from ended
+            where ended.queue_id = gone.queue_id
+                and ended.finished_at = gone.finished_at
+                and ended.seq = gone.seq
+            limit 1
+        ) as token
+    ))
+),\n",
+    delete_gone!(),
+    "\
+select count(*)
+from gone"
+);
+
+// Lives on: the primary key of idempotency.
+const CLEAR_DOOMED_KEYS: &str = "\
+with gone as (
+    delete from idempotency
+    where ctid = any(array(
+        select found.tid
+        from doomed
+        cross join lateral (
+            select ctid as tid
+            from idempotency
+            where idempotency.queue_id = doomed.queue_id
+            order by idempotency.queue_id, idempotency.key
+            limit $1
+            for update skip locked
+        ) as found
+        limit $1
+    ))
+    returning 1
+)
+select count(*)
+from gone";
+
+// Lives on: message_listed and the primary key of idempotency.
+const FORGET_DOOMED: &str = "\
+delete from doomed
+where (
+        select seq
+        from message
+        where message.queue_id = doomed.queue_id
+        order by message.queue_id, message.seq
+        limit 1
+    ) is null
+    and (
+        select key
+        from idempotency
+        where idempotency.queue_id = doomed.queue_id
+        order by idempotency.queue_id, idempotency.key
+        limit 1
+    ) is null";
+
+// Lives on: tally, at its beginning. What others have in hand is folded another time.
+const FOLD: &str = "\
+with notes as (
+    delete from tally
+    where ctid = any(array(
+        select ctid
+        from tally
+        limit 10000
+        for update skip locked
+    ))
+    returning queue_id, state, n
+)
+insert into tally (queue_id, state, n)
+select queue_id, state, sum(n)
+from notes
+where exists (select 1 from queue where queue.id = notes.queue_id)
+group by queue_id, state
+having sum(n) <> 0";
+
+/// The statements of this file.
+pub(super) const STATEMENTS: &[&str] = &[
+    EXPIRE_READY,
+    EXPIRE_SCHEDULED,
+    FORGET_ENDED,
+    FORGET_DEAD,
+    FORGET_KEYS,
+    KEEP_KEYS,
+    CLEAR_DOOMED,
+    CLEAR_DOOMED_KEYS,
+    FORGET_DOOMED,
+    FOLD,
+];
+
+/// After how long a key that its message needed is looked at again: a minute, in microseconds.
+const NEEDED_KEY: i64 = 60_000_000;
+
+pub(super) async fn sweep(house: &Postgres, max: usize) -> Result<Swept> {
+    house.herald.news.forget_unheard();
+    house.hands.run(move |connection| Box::pin(sweep_all(connection, limit(max)))).await
+}
+
+async fn sweep_all(connection: &mut PgConnection, max: i64) -> Result<Swept, Trouble> {
+    let mut by_queue = BTreeMap::<_, u64>::new();
+    let mut more = false;
+    for statement in [EXPIRE_READY, EXPIRE_SCHEDULED] {
+        let expired = query(statement).bind(max).fetch_all(&mut *connection).await?;
+        let expired = counts(&expired)?;
+        more |= is_full(expired.values().sum::<u64>() as i64, max);
+        expired.into_iter().for_each(|(queue, n)| *by_queue.entry(queue).or_default() += n);
+    }
+    let mut deleted = 0;
+    for statement in [FORGET_ENDED, FORGET_DEAD] {
+        let count: i64 = query_scalar(statement).bind(max).fetch_one(&mut *connection).await?;
+        more |= is_full(count, max);
+        deleted += count as u64;
+    }
+    let keys = query(FORGET_KEYS).bind(max).execute(&mut *connection).await?.rows_affected();
+    let kept = query(KEEP_KEYS).bind(max).bind(NEEDED_KEY).execute(&mut *connection).await?;
+    more |= is_full((keys + kept.rows_affected()) as i64, max);
+    more |= clear_doomed(connection, max).await?;
+    query(FOLD).execute(connection).await?;
+    let expired = by_queue.into_iter().filter_map(|(queue, n)| Some((queue?, n))).collect();
+    Ok(Swept { expired, deleted, keys, more })
+}
+
+/// Deletes what is left of deleted queues; says whether there is more of it.
+async fn clear_doomed(connection: &mut PgConnection, max: i64) -> Result<bool, Trouble> {
+    let messages: i64 = query_scalar(CLEAR_DOOMED).bind(max).fetch_one(&mut *connection).await?;
+    let keys: i64 = query_scalar(CLEAR_DOOMED_KEYS).bind(max).fetch_one(&mut *connection).await?;
+    query(FORGET_DOOMED).execute(connection).await?;
+    Ok(is_full(messages, max) || is_full(keys, max))
+}
+
+fn is_full(count: i64, max: i64) -> bool {
+    count >= max
+}
