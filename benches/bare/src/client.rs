@@ -38,6 +38,9 @@ pub struct Client {
     /// How many bytes each request carries
     #[arg(long, default_value_t = 256)]
     payload: usize,
+    /// How long each connection waits before its next request, in milliseconds
+    #[arg(long, default_value_t = 0)]
+    pause: u64,
     /// How many threads send
     #[arg(long, default_value_t = 1)]
     threads: usize,
@@ -66,6 +69,7 @@ impl Client {
         let payload = payload(self.payload);
         let begin = Instant::now() + Duration::from_secs_f64(self.warm_up);
         let end = begin + Duration::from_secs_f64(self.seconds);
+        let pause = Duration::from_millis(self.pause);
         let pool = hyper_util::client::legacy::Client::builder(TokioExecutor::new())
             .pool_max_idle_per_host(self.connections)
             .build({
@@ -85,7 +89,7 @@ impl Client {
                 How::Pool => Sender::Pool(pool.clone(), self.url.clone()),
                 How::Reqwest => Sender::Reqwest(reqwest.clone(), self.url.to_string()),
             };
-            tasks.spawn(one_after_another(sender, payload.clone(), begin, end));
+            tasks.spawn(one_after_another(sender, payload.clone(), pause, begin, end));
         }
         let mut times = report::histogram();
         while let Some(done) = tasks.join_next().await {
@@ -116,6 +120,7 @@ enum Sender {
 async fn one_after_another(
     mut sender: Sender,
     payload: Bytes,
+    pause: Duration,
     begin: Instant,
     end: Instant,
 ) -> anyhow::Result<Histogram<u64>> {
@@ -130,6 +135,9 @@ async fn one_after_another(
         let answered = Instant::now();
         if answered >= begin && answered < end {
             times.saturating_record((answered - sent).as_nanos() as u64);
+        }
+        if !pause.is_zero() {
+            tokio::time::sleep(pause).await;
         }
     }
 }

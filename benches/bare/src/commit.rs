@@ -1,7 +1,8 @@
 //! One row, one commit, one after another: with one HTTP request, the least that a durable POST can take.
 
 use std::path::PathBuf;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde_json::json;
@@ -16,6 +17,9 @@ pub struct Commit {
     /// How many commits to time
     #[arg(long, default_value_t = 2000)]
     count: u64,
+    /// How long to wait before the next commit, in milliseconds
+    #[arg(long, default_value_t = 0)]
+    pause: u64,
     /// How many bytes each message carries
     #[arg(long, default_value_t = 256)]
     payload: usize,
@@ -46,6 +50,7 @@ impl Commit {
                 let sent = Instant::now();
                 store.insert_many(&payload, 1)?;
                 times.saturating_record(sent.elapsed().as_nanos() as u64);
+                thread::sleep(Duration::from_millis(self.pause));
             }
         } else {
             program = "commit-postgres";
@@ -60,6 +65,7 @@ impl Commit {
                 let sent = Instant::now();
                 runtime.block_on(store.insert_many(&payload, 1))?;
                 times.saturating_record(sent.elapsed().as_nanos() as u64);
+                thread::sleep(Duration::from_millis(self.pause));
             }
         }
         let took = begin.elapsed();
