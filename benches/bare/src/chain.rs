@@ -101,7 +101,7 @@ impl Outlet {
     pub fn hand_over(&mut self, message: HandedOver) {
         self.next = (self.next + 1) % self.senders.len();
         let handed_over = self.senders[self.next].try_send(message);
-        handed_over.ok().expect("a line holds all that is on the way");
+        handed_over.expect("a line holds all that is on the way");
     }
 }
 
@@ -114,7 +114,7 @@ async fn send(
         let status = connection.post(message.payload).await?;
         ensure!(status.is_success(), "the sink answered with {status}");
         let delete = Delete { id: message.id, room: message.room };
-        writes.send(Write::Delete(delete)).await.ok().expect("the writer ends with the process");
+        writes.send(Write::Delete(delete)).await.expect("the writer ends with the process");
     }
     Ok(())
 }

@@ -74,7 +74,7 @@ async fn enqueue(
     };
     let (answer, committed) = oneshot::channel();
     let insert = Insert { queue, payload, room, answer };
-    writes.send(Write::Insert(insert)).await.ok().expect("the writer ends with the process");
+    writes.send(Write::Insert(insert)).await.expect("the writer ends with the process");
     let id = committed.await.expect("the writer ends with the process");
     created(id)
 }
