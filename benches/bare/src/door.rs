@@ -84,7 +84,7 @@ pub fn created(id: i64) -> impl IntoResponse {
     (StatusCode::CREATED, json, format!(r#"{{"id":"{id}"}}"#))
 }
 
-/// The end of the process when a write fails: a bare program has nothing to fall back on.
+/// The end of the process when anything fails: a bare program has nothing to fall back on.
 pub fn give_up(error: anyhow::Error) -> ! {
     eprintln!("error: {error:#}");
     std::process::exit(1)

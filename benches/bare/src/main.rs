@@ -52,8 +52,8 @@ enum Program {
     Commit(commit::Commit),
 }
 
-fn main() -> anyhow::Result<()> {
-    match Command::parse().program {
+fn main() {
+    let done = match Command::parse().program {
         Program::Echo(listen) => run(sink::echo(listen)),
         Program::SqliteEnqueue(enqueue) => run(enqueue.run()),
         Program::PostgresEnqueue(enqueue) => run(enqueue.run()),
@@ -66,6 +66,9 @@ fn main() -> anyhow::Result<()> {
         Program::ChainSqlite(chain) => run(chain.run()),
         Program::ChainPostgres(chain) => run(chain.run()),
         Program::Commit(commit) => commit.run(),
+    };
+    if let Err(error) = done {
+        door::give_up(error);
     }
 }
 
