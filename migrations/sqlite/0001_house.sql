@@ -9,6 +9,11 @@ create table queue (
     state text not null
 ) strict;
 
+-- Deleted queues of which something is left to be swept.
+create table doomed (
+    queue_id integer primary key
+) strict;
+
 -- What holds for all queues: one row. The revision grows with every change of a queue or of this row.
 create table pump (
     id integer primary key check (id = 1),

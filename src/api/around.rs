@@ -1,7 +1,9 @@
-//! What stands around every request: an id, a count, problems written out, panics caught.
+//! What stands around every request: an id, a count, problems written out, panics caught, and strangers
+//! kept out: a web page that an operator opens must not operate the pump through the operator's browser.
 
 use std::any::Any;
 use std::convert::Infallible;
+use std::net::IpAddr;
 
 use axum::Json;
 use axum::Router;
@@ -9,7 +11,8 @@ use axum::extract::{FromRequestParts, MatchedPath, Request};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use http::request::Parts;
-use http::{HeaderValue, Method, StatusCode, header};
+use http::uri::Authority;
+use http::{HeaderValue, Method, StatusCode, Uri, header};
 use tower_http::catch_panic::CatchPanicLayer;
 use uuid::Uuid;
 
@@ -30,11 +33,24 @@ impl<S: Sync> FromRequestParts<S> for RequestId {
     }
 }
 
+/// Under which names in `Host` the doors answer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Names {
+    /// IP addresses and `localhost`: for a listener that only this machine reaches. Another name was pointed
+    /// here by a stranger's name server (DNS rebinding), so that a browser takes both for one site.
+    Local,
+    /// Any: for a listener that others reach, under names that only they know.
+    Any,
+}
+
 /// The routes with everything around them. The last line is the outermost layer.
-pub(super) fn around(router: Router) -> Router {
+pub(super) fn around(router: Router, names: Names) -> Router {
     router
         .fallback(async || {
-            Problem::new(problem::NOT_FOUND, "there is nothing here; GET /docs shows what there is")
+            Problem::new(
+                problem::NOT_FOUND,
+                "there is nothing here; GET /docs, where operators are answered, shows what there is",
+            )
         })
         .method_not_allowed_fallback(async || {
             Problem::new(
@@ -43,6 +59,7 @@ pub(super) fn around(router: Router) -> Router {
             )
         })
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(middleware::from_fn(move |request, next| refuse_strangers(names, request, next)))
         .layer(middleware::from_fn(write_out))
 }
 
@@ -70,6 +87,62 @@ async fn write_out(mut request: Request, next: Next) -> Response {
     }
     count(route.as_deref(), &method, response.status());
     response
+}
+
+async fn refuse_strangers(names: Names, request: Request, next: Next) -> Response {
+    match stranger(names, &request) {
+        Some(detail) => Problem::new(problem::CROSS_SITE, detail).into_response(),
+        None => next.run(request).await,
+    }
+}
+
+/// Why this request was not made by whom it seems to be made, if it was not. Only browsers send what is
+/// looked at here; programs are let through.
+fn stranger(names: Names, request: &Request) -> Option<&'static str> {
+    let reads = matches!(*request.method(), Method::GET | Method::HEAD | Method::OPTIONS);
+    if reads && matches!(request.uri().path(), "/livez" | "/readyz") {
+        return None;
+    }
+    let header = |name| request.headers().get(name).map(HeaderValue::as_bytes);
+    let (asked_for, host) = match header(header::HOST) {
+        Some(host) => (true, Authority::try_from(host).ok()),
+        // HTTP/2 has it in the address.
+        None => (request.uri().authority().is_some(), request.uri().authority().cloned()),
+    };
+    let local = host.as_ref().is_some_and(|host| is_local(host.host()));
+    if names == Names::Local && asked_for && !local {
+        return Some("Host is neither localhost nor an IP address; see the page of this code");
+    }
+    if request.headers().get("sec-fetch-site").is_some_and(|site| site == "cross-site") {
+        return Some("a page of another site made this request");
+    }
+    // A neighbour of the same site, another port of this machine say, is told by its Origin.
+    let foreign = header(header::ORIGIN).is_some_and(|origin| !is_own(origin, host.as_ref()));
+    foreign
+        .then_some("Origin is not the address in Host; a page of another origin made this request")
+}
+
+fn is_local(host: &str) -> bool {
+    let host = host.trim_end_matches('.').to_ascii_lowercase();
+    let address = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(&host);
+    host == "localhost" || host.ends_with(".localhost") || address.parse::<IpAddr>().is_ok()
+}
+
+/// Whether an origin is the address that was asked for. Its scheme is not compared, because a proxy before
+/// this process may speak https.
+fn is_own(origin: &[u8], host: Option<&Authority>) -> bool {
+    let Ok(origin) = Uri::try_from(origin) else { return false };
+    let usual = match origin.scheme_str() {
+        Some("https") => 443,
+        _ => 80,
+    };
+    let port = |authority: &Authority| authority.port_u16().unwrap_or(usual);
+    match (origin.authority(), host) {
+        (Some(origin), Some(host)) => {
+            origin.host().eq_ignore_ascii_case(host.host()) && port(origin) == port(host)
+        }
+        _ => false,
+    }
 }
 
 fn request_id(request: &Request) -> String {
@@ -101,7 +174,43 @@ fn count(route: Option<&str>, method: &Method, status: StatusCode) {
     metrics::http_requests(route.unwrap_or("none"), method, status.as_u16()).increment(1);
 }
 
-fn panicked(_: Box<dyn Any + Send + 'static>) -> Response {
-    let detail = "something went wrong inside; the log has the details";
-    Problem::new(problem::INTERNAL, detail).into_response()
+fn panicked(panic: Box<dyn Any + Send + 'static>) -> Response {
+    Problem::panicked(&*panic).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_origin_is_compared_with_the_address_that_was_asked_for() {
+        for (origin, host, own) in [
+            ("http://localhost:8080", "localhost:8080", true),
+            ("http://LOCALHOST:8080", "localhost:8080", true),
+            ("https://pump.example", "pump.example", true),
+            ("https://pump.example", "pump.example:443", true),
+            ("http://[::1]:8080", "[::1]:8080", true),
+            ("http://localhost:3000", "localhost:8080", false),
+            ("http://localhost", "localhost:8080", false),
+            ("https://evil.example", "pump.example", false),
+            ("null", "localhost:8080", false),
+            ("", "localhost:8080", false),
+        ] {
+            let host = host.parse::<Authority>().unwrap();
+            assert_eq!(is_own(origin.as_bytes(), Some(&host)), own, "{origin} {host}");
+        }
+    }
+
+    #[test]
+    fn a_local_name_is_one_that_no_name_server_can_give_away() {
+        for local in ["localhost", "LocalHost.", "pump.localhost", "127.0.0.1", "[::1]", "10.0.0.7"]
+        {
+            assert!(is_local(local), "{local}");
+        }
+        for other in
+            ["evil.example", "localhost.evil.example", "notlocalhost", "", "127.0.0.1.nip.io"]
+        {
+            assert!(!is_local(other), "{other}");
+        }
+    }
 }

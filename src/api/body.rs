@@ -89,7 +89,7 @@ fn is_over_limit(error: &(dyn StdError + 'static)) -> bool {
     false
 }
 
-/// Reads a JSON body of a request to the operators' plane.
+/// Reads the JSON body of a request that carries settings or an order, not messages.
 pub(super) async fn read_json<T: DeserializeOwned>(request: Request) -> Result<T, Problem> {
     let (parts, body) = request.into_parts();
     let media_type = media_type(&parts.headers);
@@ -144,13 +144,17 @@ fn pointer<'a>(segments: impl Iterator<Item = &'a Segment>) -> String {
         match segment {
             Segment::Seq { index } => pointer.push_str(&format!("/{index}")),
             Segment::Map { key } => {
-                pointer.push('/');
-                pointer.push_str(&key.replace('~', "~0").replace('/', "~1"));
+                pointer = pointer_to(&pointer, key);
             }
             Segment::Enum { .. } | Segment::Unknown => (),
         }
     }
     pointer
+}
+
+/// The JSON pointer (RFC 6901) to a member of what `pointer` points at.
+pub(super) fn pointer_to(pointer: &str, member: &str) -> String {
+    format!("{pointer}/{}", member.replace('~', "~0").replace('/', "~1"))
 }
 
 /// The media type of a request, in lower case and without parameters; empty where it has none.

@@ -54,8 +54,7 @@ struct RedriveAnswer {
 
 /// List dead letters, newest first.
 #[utoipa::path(get, path = "/admin/v1/dead-letters", tag = "dead letters", params(ListQuery), responses(
-    (status = 200, body = MessageList),
-    (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 200, body = MessageList)))]
 async fn list_dead_letters(
     State(doors): State<Doors>,
     Query(query): Query<ListQuery>,
@@ -115,8 +114,7 @@ async fn redrive_dead_letter(
 
 /// Bring dead letters back, at once. As a job that can be paused: not available in this version.
 #[utoipa::path(post, path = "/admin/v1/redrives", tag = "dead letters", request_body = RedriveBody, responses(
-    (status = 200, body = RedriveAnswer),
-    (status = 422, body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 200, body = RedriveAnswer)))]
 async fn redrive(
     State(doors): State<Doors>,
     request: Request,

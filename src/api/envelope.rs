@@ -1,6 +1,7 @@
 //! From a request to a message: option headers over raw bytes, or a JSON envelope. It stores nothing.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use base64::Engine;
 use base64::prelude::BASE64_STANDARD;
@@ -12,20 +13,29 @@ use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 
+use crate::clock::{Clock, SystemClock};
 use crate::model::{
     DELAY_MAX, Details, IDEMPOTENCY_KEY_MAX, Idempotency, Invalid, NewMessage, PRIORITY_MAX,
     PRIORITY_MIN, QueueName, TEXT_MAX, When, parse_span,
 };
 
+use super::body::pointer_to;
 use super::lasting::Lasting;
 use super::problem::{self, Problem};
+
+/// How a message says its options; a mistake is reported under the name that the sender wrote.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Headers,
+    Envelope,
+}
 
 /// A message with its options, as JSON.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Envelope {
     /// Any JSON; its text goes to the handler as it came.
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Value, required = false)]
     payload: Option<Box<RawValue>>,
     /// The payload's bytes, where it is no JSON.
     payload_base64: Option<String>,
@@ -62,13 +72,9 @@ pub(super) fn from_headers(
     let mut message = NewMessage::new(queue.clone(), body);
     let mut forwarded = Vec::new();
     let (mut delay, mut deliver_at, mut expires_in, mut expires_at) = (None, None, None, None);
-    message.details.traceparent = trace_header(headers, "traceparent");
-    message.details.tracestate = trace_header(headers, "tracestate");
-    message.details.baggage = trace_header(headers, "baggage");
+    Trace::of(headers).put_into(&mut message);
     for name in headers.keys() {
-        if name.as_str().starts_with("ce-") {
-            return Err(not_available("CloudEvents"));
-        }
+        refuse_event_header(name)?;
         if !name.as_str().starts_with("pumphouse-") {
             continue;
         }
@@ -102,25 +108,54 @@ pub(super) fn from_headers(
             },
         }
     }
-    message.deliver = when(delay, deliver_at, "Pumphouse-Delay")?;
-    message.expires = expiry(expires_in, expires_at, "Pumphouse-Expires-In")?;
+    message.deliver = when(Form::Headers, DELIVER, delay, deliver_at)?;
+    message.expires = expiry(Form::Headers, expires_in, expires_at)?;
     message.details.headers = forwarded;
     let content_type = headers.get(http::header::CONTENT_TYPE);
     message.details.content_type = content_type
         .map(|value| value.to_str().map(ToOwned::to_owned))
         .transpose()
         .map_err(|_| Invalid::new("Content-Type", "a media type is ASCII"))?;
-    check(&message)?;
+    check(Form::Headers, &message)?;
     Ok(message)
 }
 
+/// Where a request stands in its sender's trace. It comes in headers, whatever form the messages have.
+#[derive(Debug)]
+pub(super) struct Trace {
+    parent: Option<String>,
+    state: Option<String>,
+    baggage: Option<String>,
+}
+
+impl Trace {
+    pub(super) fn of(headers: &HeaderMap) -> Self {
+        Self {
+            parent: trace_header(headers, "traceparent", TRACEPARENT_MAX),
+            state: trace_header(headers, "tracestate", TRACESTATE_MAX),
+            baggage: trace_header(headers, "baggage", BAGGAGE_MAX),
+        }
+    }
+
+    pub(super) fn put_into(&self, message: &mut NewMessage) {
+        message.details.traceparent.clone_from(&self.parent);
+        message.details.tracestate.clone_from(&self.state);
+        message.details.baggage.clone_from(&self.baggage);
+    }
+}
+
 /// A header of W3C Trace Context or Baggage; lists that came in several lines are joined, as they say.
-/// What cannot be read is left out, because a broken trace must not cost a message.
-fn trace_header(headers: &HeaderMap, name: &str) -> Option<String> {
+/// What cannot be read or is too long is left out, because a broken trace must not cost a message.
+fn trace_header(headers: &HeaderMap, name: &str, longest: usize) -> Option<String> {
     let values = headers.get_all(name).iter();
     let values = values.map(|value| std::str::from_utf8(value.as_bytes()).ok());
-    let values = values.collect::<Option<Vec<_>>>()?;
-    (!values.is_empty()).then(|| values.join(","))
+    let values = values.collect::<Option<Vec<_>>>()?.join(",");
+    (!values.is_empty() && values.len() <= longest).then_some(values)
+}
+
+/// CloudEvents are for a later version; taken as a plain message, one would lose what it says in headers.
+pub(super) fn refuse_event_header(name: &HeaderName) -> Result<(), Problem> {
+    if name.as_str().starts_with("ce-") { Err(not_available("CloudEvents")) } else { Ok(()) }
 }
 
 impl Envelope {
@@ -150,21 +185,24 @@ impl Envelope {
         let mut message = NewMessage::new(queue.clone(), body);
         message.kind = self.r#type;
         message.correlation_id = self.correlation_id;
-        message.deliver = when(self.delay.map(|lasting| lasting.0), self.deliver_at, "/delay")?;
-        message.expires =
-            expiry(self.expires_in.map(|lasting| lasting.0), self.expires_at, "/expires_in")?;
+        let span = |lasting: Option<Lasting>| lasting.map(|lasting| lasting.0);
+        message.deliver = when(Form::Envelope, DELIVER, span(self.delay), self.deliver_at)?;
+        message.expires = expiry(Form::Envelope, span(self.expires_in), self.expires_at)?;
         message.priority = priority(self.priority.unwrap_or(0))
             .map_err(|wrong| Invalid::new("/priority", wrong.detail))?;
         message.details = Details {
             content_type: self.content_type.or_else(|| json.then(|| "application/json".to_owned())),
-            headers: self.headers.into_iter().map(|(n, v)| (n.to_ascii_lowercase(), v)).collect(),
+            headers: self.headers.into_iter().collect(),
             causation_id: self.causation_id,
             ..Details::default()
         };
         if let Some(key) = &self.idempotency_key {
             check_key(key).map_err(|detail| Invalid::new("/idempotency_key", detail))?;
         }
-        check(&message)?;
+        check(Form::Envelope, &message)?;
+        for (name, _) in &mut message.details.headers {
+            name.make_ascii_lowercase();
+        }
         Ok((message, self.idempotency_key))
     }
 }
@@ -216,29 +254,65 @@ pub(super) fn own_key(key: &str, fingerprint: [u8; 32]) -> Idempotency {
     Idempotency::new("message", key, fingerprint)
 }
 
+impl Form {
+    /// What the sender calls the option that an envelope calls `option`.
+    fn name(self, option: &str) -> String {
+        match self {
+            Self::Envelope => format!("/{option}"),
+            Self::Headers if option == "content_type" => "Content-Type".to_owned(),
+            Self::Headers => format!("pumphouse-{}", option.replace('_', "-")),
+        }
+    }
+
+    fn name_forwarded(self, header: &str) -> String {
+        match self {
+            Self::Envelope => pointer_to("/headers", header),
+            Self::Headers => format!("pumphouse-forward-{header}"),
+        }
+    }
+}
+
+/// The options for the same moment: so long from now, and at a time.
+const DELIVER: [&str; 2] = ["delay", "deliver_at"];
+const EXPIRE: [&str; 2] = ["expires_in", "expires_at"];
+
 fn when(
-    delay: Option<std::time::Duration>,
+    form: Form,
+    [within_option, at_option]: [&str; 2],
+    within: Option<Duration>,
     at: Option<Timestamp>,
-    pointer: &str,
 ) -> Result<When, Invalid> {
-    match (delay, at) {
+    let (within_name, at_name) = (form.name(within_option), form.name(at_option));
+    match (within, at) {
         (None, None) => Ok(When::Now),
-        (Some(delay), None) if delay <= DELAY_MAX => Ok(When::In(delay)),
-        (Some(_), None) => Err(Invalid::new(pointer, "a delay is at most 366d")),
-        (None, Some(at)) => Ok(When::At(at)),
-        (Some(_), Some(_)) => Err(Invalid::new(pointer, "a delay and a time exclude each other")),
+        (Some(within), None) if within <= DELAY_MAX => Ok(When::In(within)),
+        (Some(_), None) => Err(Invalid::new(within_name, "at most 366d")),
+        (None, Some(at)) => moment(at).map_err(|detail| Invalid::new(at_name, detail)),
+        (Some(_), Some(_)) => {
+            let detail = format!("{within_option} and {at_option} exclude each other");
+            Err(Invalid::new(within_name, detail))
+        }
     }
 }
 
 fn expiry(
-    within: Option<std::time::Duration>,
+    form: Form,
+    within: Option<Duration>,
     at: Option<Timestamp>,
-    pointer: &str,
 ) -> Result<Option<When>, Invalid> {
     if within.is_none() && at.is_none() {
         return Ok(None);
     }
-    when(within, at, pointer).map(Some)
+    when(form, EXPIRE, within, at).map(Some)
+}
+
+/// A time at which something is to happen; it has the same limit as a delay.
+///
+/// Measured by the clock of this process: what is due is decided by the database's, but for a limit of a
+/// year it does not matter how far the two are apart.
+pub(super) fn moment(at: Timestamp) -> Result<When, &'static str> {
+    let latest = SystemClock.now().checked_add(DELAY_MAX).unwrap_or(Timestamp::MAX);
+    if at <= latest { Ok(When::At(at)) } else { Err("at most 366d from now") }
 }
 
 fn priority(number: i64) -> Result<i8, Invalid> {
@@ -252,28 +326,32 @@ fn parse_time(text: &str) -> Result<Timestamp, Invalid> {
 }
 
 /// What holds for a message however it came.
-fn check(message: &NewMessage) -> Result<(), Problem> {
+fn check(form: Form, message: &NewMessage) -> Result<(), Problem> {
     let details = &message.details;
     let mut wrong = Vec::new();
-    for (pointer, text) in [
-        ("/type", &message.kind),
-        ("/correlation_id", &message.correlation_id),
-        ("/causation_id", &details.causation_id),
-        ("/content_type", &details.content_type),
+    for (option, text) in [
+        ("type", &message.kind),
+        ("correlation_id", &message.correlation_id),
+        ("causation_id", &details.causation_id),
+        ("content_type", &details.content_type),
     ] {
         if let Some(Err(detail)) = text.as_deref().map(check_text) {
-            wrong.push(Invalid::new(pointer, detail));
+            wrong.push(Invalid::new(form.name(option), detail));
         }
     }
     let mut size = 0;
     for (name, value) in &details.headers {
         size += name.len() + value.len();
         if let Err(detail) = check_forwarded(name, value) {
-            wrong.push(Invalid::new(format!("/headers/{name}"), detail));
+            wrong.push(Invalid::new(form.name_forwarded(name), detail));
         }
     }
     if details.headers.len() > FORWARDED_MAX || size > FORWARDED_BYTES_MAX {
-        wrong.push(Invalid::new("/headers", "at most 32 headers of 16 KiB together"));
+        let pointer = match form {
+            Form::Envelope => "/headers",
+            Form::Headers => "pumphouse-forward-*",
+        };
+        wrong.push(Invalid::new(pointer, "at most 32 headers of 16 KiB together"));
     }
     if wrong.is_empty() { Ok(()) } else { Err(Problem::invalid(wrong)) }
 }
@@ -329,5 +407,11 @@ const RESERVED: [&str; 14] = [
     "baggage",
 ];
 const RESERVED_PREFIXES: [&str; 4] = ["content-", "webhook-", "ce-", "pumphouse-"];
+/// A traceparent has 55 bytes in its first version, and may grow in later ones.
+const TRACEPARENT_MAX: usize = 512;
+/// What W3C Trace Context wants to be passed on at least.
+const TRACESTATE_MAX: usize = 512;
+/// What W3C Baggage wants to be passed on at least.
+const BAGGAGE_MAX: usize = 8192;
 const FORWARDED_MAX: usize = 32;
 const FORWARDED_BYTES_MAX: usize = 16 * 1024;

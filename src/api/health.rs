@@ -4,8 +4,10 @@ use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::Json;
+use axum::Router;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use axum::routing::{any, get};
 use http::{StatusCode, header};
 use serde::Serialize;
 use utoipa::ToSchema;
@@ -17,7 +19,7 @@ use crate::store;
 use crate::telemetry::metrics;
 
 use super::Doors;
-use super::problem::Problem;
+use super::problem::{self, Problem};
 
 pub(super) fn routes() -> OpenApiRouter<Doors> {
     OpenApiRouter::new().routes(routes!(livez)).routes(routes!(readyz))
@@ -54,11 +56,29 @@ async fn readyz(State(doors): State<Doors>) -> Response {
     (status, Json(ReadyBody { ready, database, draining })).into_response()
 }
 
+/// What a process answers before its database has: it lives, and nothing else.
+pub(super) fn waiting_routes() -> Router {
+    let not_ready = async || {
+        let body = ReadyBody { ready: false, database: "not yet reached", draining: false };
+        (StatusCode::SERVICE_UNAVAILABLE, Json(body))
+    };
+    let unavailable = async || {
+        let detail =
+            "the database was not reached yet since this process started; nothing was kept";
+        Problem::new(problem::UNAVAILABLE, detail)
+    };
+    Router::new()
+        .route("/livez", get(livez))
+        .route("/readyz", get(not_ready))
+        .route("/{*any}", any(unavailable))
+        .route("/", any(unavailable))
+}
+
 /// Metrics in the Prometheus text format.
 #[utoipa::path(get, path = "/metrics", tag = "health", responses(
     (status = 200, description = "Prometheus text", content_type = "text/plain")))]
 async fn metrics_page(State(doors): State<Doors>) -> Result<Response, Problem> {
-    if doors.memory().depths_are_old() {
+    if doors.lately().depths_are_old() {
         // A database that is away must not hide the other metrics: the depths then stay as they were.
         match tokio::time::timeout(CHECK_MAX, doors.pump().store().depths()).await {
             Ok(Ok(depths)) => set_depths(&depths),
@@ -109,7 +129,7 @@ impl Lately {
 impl Doors {
     /// Asks the database how it is, at most once a second.
     async fn checked(&self) -> &'static str {
-        let check = || self.memory().check.lock().unwrap_or_else(PoisonError::into_inner);
+        let check = || self.lately().check.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((at, said)) = *check()
             && at.elapsed() < FRESH
         {

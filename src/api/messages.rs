@@ -15,11 +15,12 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::model::{DeliveryRecord, MessageId, Record, When};
+use crate::model::{DeliveryRecord, Invalid, MessageId, Record};
 use crate::store::{Amended, Amendment, Filter, Page};
 
 use super::Doors;
 use super::body::{Path, Query, read_json, read_json_or_default};
+use super::envelope::moment;
 use super::pages::{ListQuery, write_cursor};
 use super::problem::{self, Problem, ProblemBody};
 
@@ -61,7 +62,7 @@ pub(super) struct MessageBody {
     size: u64,
     /// The payload as it came, if it is JSON, in lists that ask for it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    #[schema(value_type = Option<Object>)]
+    #[schema(value_type = Value, required = false)]
     payload: Option<Box<RawValue>>,
     /// The payload, if it is anything else.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -109,8 +110,7 @@ pub(super) struct Nothing {}
 
 /// List messages, newest first.
 #[utoipa::path(get, path = "/v1/messages", tag = "messages", params(ListQuery), responses(
-    (status = 200, body = MessageList),
-    (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 200, body = MessageList)))]
 async fn list_messages(
     State(doors): State<Doors>,
     Query(query): Query<ListQuery>,
@@ -121,8 +121,7 @@ async fn list_messages(
 /// Show a message with its deliveries.
 #[utoipa::path(get, path = "/v1/messages/{id}", tag = "messages",
     params(("id" = String, Path, description = "The message's id")), responses(
-    (status = 200, body = MessageBody),
-    (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 200, body = MessageBody)))]
 async fn get_message(
     State(doors): State<Doors>,
     Path(id): Path<String>,
@@ -137,8 +136,7 @@ async fn get_message(
 /// The payload, byte for byte as it was sent.
 #[utoipa::path(get, path = "/v1/messages/{id}/payload", tag = "messages",
     params(("id" = String, Path, description = "The message's id")), responses(
-    (status = 200, description = "The bytes", content_type = "application/octet-stream"),
-    (status = "4XX", body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 200, description = "The bytes", content_type = "application/octet-stream")))]
 async fn get_payload(
     State(doors): State<Doors>,
     Path(id): Path<String>,
@@ -197,7 +195,8 @@ async fn reschedule_message(
     request: Request,
 ) -> Result<Json<MessageBody>, Problem> {
     let RescheduleBody { deliver_at } = read_json(request).await?;
-    amend(&doors, &id, Amendment::Reschedule(When::At(deliver_at))).await
+    let due = moment(deliver_at).map_err(|detail| Invalid::new("/deliver_at", detail))?;
+    amend(&doors, &id, Amendment::Reschedule(due)).await
 }
 
 async fn amend(

@@ -20,8 +20,10 @@
 //!   POST   /admin/v1/dead-letters/{id}/redrive
 //!   POST   /admin/v1/redrives
 //!
-//!   GET    /livez /readyz /metrics                health.rs
-//!   GET    /openapi.json /docs /docs/problems/{code}
+//!   GET    /livez /readyz                         health.rs, on both listeners
+//!   GET    /docs/problems/{code}                  here, on both listeners
+//!   GET    /metrics                               health.rs, where operators are answered
+//!   GET    /openapi.json /docs                    here, where operators are answered
 //! ```
 
 mod doors;
@@ -33,6 +35,7 @@ mod envelope;
 mod sending;
 mod messages;
 mod queue_settings;
+mod settings_patch;
 mod queues;
 mod pump;
 mod dead_letters;
@@ -42,12 +45,13 @@ mod around;
 use std::sync::Arc;
 
 use axum::Router;
+use axum::middleware::map_response;
 use axum::response::{IntoResponse, Redirect, Response};
 use axum::routing::get;
-use http::header;
+use http::{StatusCode, header};
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio_util::task::TaskTracker;
-use utoipa::openapi::{InfoBuilder, LicenseBuilder, OpenApi};
+use utoipa::openapi::{ContentBuilder, InfoBuilder, LicenseBuilder, OpenApi, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_swagger_ui::SwaggerUi;
 
@@ -56,7 +60,7 @@ use crate::pump::Pumphouse;
 use body::Path;
 use problem::Problem;
 
-pub use around::RequestId;
+pub use around::{Names, RequestId};
 pub use doors::serve;
 pub use problem::{CODES, Code};
 
@@ -69,22 +73,25 @@ struct Inner {
     metrics: PrometheusHandle,
     body_limit: usize,
     creates_queues: bool,
+    names: Names,
     lately: health::Lately,
     /// Writes that go on although their client went away.
     writes: TaskTracker,
 }
 
 impl Doors {
-    /// Doors before this pump. `body_limit` is in bytes; `creates_queues` makes a queue of what is sent to none.
+    /// Doors before this pump. `body_limit` is in bytes; `creates_queues` makes a queue of what is sent to none;
+    /// `names` says under which names they answer.
     pub fn new(
         pump: Pumphouse,
         metrics: PrometheusHandle,
         body_limit: usize,
         creates_queues: bool,
+        names: Names,
     ) -> Self {
         let lately = health::Lately::default();
         let writes = TaskTracker::new();
-        Self(Arc::new(Inner { pump, metrics, body_limit, creates_queues, lately, writes }))
+        Self(Arc::new(Inner { pump, metrics, body_limit, creates_queues, names, lately, writes }))
     }
 
     fn pump(&self) -> &Pumphouse {
@@ -99,7 +106,7 @@ impl Doors {
         self.0.creates_queues
     }
 
-    fn memory(&self) -> &health::Lately {
+    fn lately(&self) -> &health::Lately {
         &self.0.lately
     }
 
@@ -123,34 +130,41 @@ impl Doors {
         write: impl Future<Output = Result<T, Problem>> + Send + 'static,
     ) -> Result<T, Problem> {
         let done = self.0.writes.spawn(write).await;
-        done.unwrap_or_else(|_| {
-            Err(Problem::new(
-                problem::INTERNAL,
-                "something went wrong inside; the log has the details",
-            ))
+        done.unwrap_or_else(|error| match error.try_into_panic() {
+            Ok(panic) => Err(Problem::panicked(&*panic)),
+            Err(_) => {
+                Err(Problem::new(problem::INTERNAL, "the process ended before the write did"))
+            }
         })
     }
 }
 
 /// Everything, for one listener.
 pub fn router(doors: Doors) -> Router {
-    let routes = data_routes().merge(admin_routes()).merge(health::routes());
-    finish(routes, doors)
+    let routes = data_routes().merge(admin_routes()).merge(common_routes());
+    finish(routes, documents(), doors)
 }
 
-/// The plane of programs that send, and health, for a listener of their own.
+/// The plane of programs that send, with health and the pages about problems, for a listener of their own.
 pub fn data_router(doors: Doors) -> Router {
-    finish(data_routes().merge(health::routes()), doors)
+    finish(data_routes().merge(common_routes()), Router::new(), doors)
 }
 
-/// The plane of operators, with metrics and documents, for a listener of their own.
+/// The plane of operators, with health, metrics and documents, for a listener of their own.
 pub fn admin_router(doors: Doors) -> Router {
-    finish(admin_routes().merge(health::routes()), doors)
+    finish(admin_routes().merge(common_routes()), documents(), doors)
+}
+
+/// What is answered before there is a database to put doors before. It changes nothing and shows nothing,
+/// so it asks nobody for a name.
+pub fn waiting_router() -> Router {
+    around::around(health::waiting_routes(), Names::Any)
 }
 
 /// The description of everything, as OpenAPI.
 pub fn openapi() -> OpenApi {
     let mut document = data_routes().merge(admin_routes()).merge(health::routes()).into_openapi();
+    add_problems(&mut document);
     // Made anew: what comes by default describes the library that makes the document.
     let license =
         LicenseBuilder::new().name("MIT OR Apache-2.0").identifier(Some("MIT OR Apache-2.0"));
@@ -162,6 +176,30 @@ pub fn openapi() -> OpenApi {
         .build();
     document
 }
+
+/// Says of every route that it can answer with a problem, because every one can.
+fn add_problems(document: &mut OpenApi) {
+    let problem = Ref::from_schema_name("ProblemBody");
+    let problem = ContentBuilder::new().schema(Some(problem)).build();
+    for item in document.paths.paths.values_mut() {
+        let operations =
+            [&mut item.get, &mut item.put, &mut item.post, &mut item.patch, &mut item.delete];
+        for operation in operations.into_iter().flatten() {
+            let responses = &mut operation.responses.responses;
+            for (status, description) in [("4XX", CALLERS_PROBLEM), ("5XX", OUR_PROBLEM)] {
+                let response = ResponseBuilder::new()
+                    .description(description)
+                    .content("application/problem+json", problem.clone())
+                    .build();
+                responses.entry(status.to_owned()).or_insert_with(|| response.into());
+            }
+        }
+    }
+}
+
+const CALLERS_PROBLEM: &str = "The request has to be changed, or made later; `code` says why";
+const OUR_PROBLEM: &str =
+    "Try again, with the same Idempotency-Key if the request writes; `code` says why";
 
 /// The same as text, as it stands under `openapi/`.
 pub fn openapi_json() -> String {
@@ -179,14 +217,32 @@ fn admin_routes() -> OpenApiRouter<Doors> {
         .merge(dead_letters::routes())
         .merge(health::metrics_routes())
         .route("/openapi.json", get(openapi_page))
-        .route("/docs/problems/{code}", get(problem_page))
         .route("/", get(async || Redirect::temporary("/docs")))
 }
 
-fn finish(routes: OpenApiRouter<Doors>, doors: Doors) -> Router {
-    let (router, _) = routes.split_for_parts();
+/// What stands on every listener: health, and the pages that problems point at.
+fn common_routes() -> OpenApiRouter<Doors> {
+    health::routes().route("/docs/problems/{code}", get(problem_page))
+}
+
+/// The API with forms to try it. It describes the operators' plane too, so it stands where that one is.
+fn documents() -> Router {
     let swagger = SwaggerUi::new("/docs").url("/docs/openapi.json", openapi());
-    around::around(router.with_state(doors).merge(swagger))
+    Router::from(swagger).layer(map_response(async |response: Response| {
+        // The library's own 404 is bare.
+        match response.status() {
+            StatusCode::NOT_FOUND => {
+                Problem::new(problem::NOT_FOUND, "there is no such page").into_response()
+            }
+            _ => response,
+        }
+    }))
+}
+
+fn finish(routes: OpenApiRouter<Doors>, documents: Router, doors: Doors) -> Router {
+    let (router, _) = routes.split_for_parts();
+    let names = doors.0.names;
+    around::around(router.with_state(doors).merge(documents), names)
 }
 
 async fn openapi_page() -> Response {

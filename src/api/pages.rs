@@ -47,17 +47,11 @@ pub(super) struct ListQuery {
 
 impl ListQuery {
     pub(super) fn page(&self) -> Result<Page, Problem> {
-        let limit = match self.limit.as_deref() {
-            None => LIMIT,
-            Some(text) => text.parse().ok().filter(|limit| *limit > 0).ok_or_else(|| {
-                Invalid::new("limit", format!("a limit is a number from 1 to {LIMIT_MAX}"))
-            })?,
-        };
         let after = match self.cursor.as_deref() {
             None | Some("") => None,
             Some(text) => Some(read_cursor(text)?),
         };
-        Ok(Page { limit: limit.min(LIMIT_MAX), after })
+        Ok(Page { limit: limit(self.limit.as_deref())?, after })
     }
 
     pub(super) fn filter(&self) -> Result<Filter, Problem> {
@@ -95,6 +89,36 @@ impl ListQuery {
     }
 }
 
+/// Which part of the list of queues.
+#[derive(Debug, Default, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(super) struct QueueListQuery {
+    /// At most how many; 50 if not given, more than 200 count as 200.
+    limit: Option<String>,
+    /// From `next` of the page before.
+    cursor: Option<String>,
+}
+
+impl QueueListQuery {
+    /// At most how many, and the queue after whose name the page begins.
+    pub(super) fn page(&self) -> Result<(usize, Option<QueueName>), Problem> {
+        let after = match self.cursor.as_deref() {
+            None | Some("") => None,
+            Some(text) => Some(read_queue_cursor(text)?),
+        };
+        Ok((limit(self.limit.as_deref())?, after))
+    }
+}
+
+fn limit(text: Option<&str>) -> Result<usize, Invalid> {
+    let Some(text) = text else { return Ok(LIMIT) };
+    let limit = text.parse::<usize>().ok().filter(|limit| *limit > 0).ok_or_else(|| {
+        Invalid::new("limit", format!("a limit is a number from 1 to {LIMIT_MAX}"))
+    })?;
+    Ok(limit.min(LIMIT_MAX))
+}
+
 /// What a message's type or correlation id can be; anything else cannot match.
 pub(super) fn text(name: &str, text: Option<&str>) -> Result<Option<String>, Invalid> {
     text.map(|text| check_text(text).map(|()| text.to_owned()))
@@ -117,19 +141,40 @@ pub(super) fn write_cursor(position: i64) -> String {
 }
 
 fn read_cursor(text: &str) -> Result<i64, Invalid> {
-    let wrong = || Invalid::new("cursor", "a cursor is what stood in next of the page before");
-    let bytes = BASE64_URL_SAFE_NO_PAD.decode(text).map_err(|_| wrong())?;
+    let position = unwrap_cursor(CURSOR_VERSION, text)?;
+    Ok(i64::from_be_bytes(position.try_into().map_err(|_| no_cursor())?))
+}
+
+/// The same in the list of queues, which goes by their names.
+pub(super) fn write_queue_cursor(queue: &QueueName) -> String {
+    let mut bytes = vec![QUEUE_CURSOR_VERSION];
+    bytes.extend(queue.as_str().bytes());
+    BASE64_URL_SAFE_NO_PAD.encode(bytes)
+}
+
+fn read_queue_cursor(text: &str) -> Result<QueueName, Invalid> {
+    let name = unwrap_cursor(QUEUE_CURSOR_VERSION, text)?;
+    let name = String::from_utf8(name).map_err(|_| no_cursor())?;
+    QueueName::parse(&name).map_err(|_| no_cursor())
+}
+
+fn unwrap_cursor(version: u8, text: &str) -> Result<Vec<u8>, Invalid> {
+    let bytes = BASE64_URL_SAFE_NO_PAD.decode(text).map_err(|_| no_cursor())?;
     match bytes.split_first() {
-        Some((&CURSOR_VERSION, position)) => {
-            Ok(i64::from_be_bytes(position.try_into().map_err(|_| wrong())?))
-        }
-        _ => Err(wrong()),
+        Some((first, rest)) if *first == version => Ok(rest.to_vec()),
+        _ => Err(no_cursor()),
     }
+}
+
+fn no_cursor() -> Invalid {
+    Invalid::new("cursor", "a cursor is what stood in next of the page before")
 }
 
 const LIMIT: usize = 50;
 const LIMIT_MAX: usize = 200;
 const CURSOR_VERSION: u8 = 1;
+/// Another one, so that no list takes the cursor of the other.
+const QUEUE_CURSOR_VERSION: u8 = 2;
 
 #[cfg(test)]
 mod tests {
@@ -143,6 +188,10 @@ mod tests {
         for bad in ["x", "AAAA", "AQ", "äö", "AgAAAAAAAAAB", "AQAAAAAAAAABAA"] {
             assert!(read_cursor(bad).is_err(), "{bad}");
         }
+        let queue = QueueName::parse("emails").unwrap();
+        assert_eq!(read_queue_cursor(&write_queue_cursor(&queue)), Ok(queue.clone()));
+        assert!(read_cursor(&write_queue_cursor(&queue)).is_err());
+        assert!(read_queue_cursor(&write_cursor(7)).is_err());
     }
 
     #[test]

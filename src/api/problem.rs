@@ -3,11 +3,13 @@
 //! Every error is `application/problem+json` (RFC 9457). A [`Problem`] rides in the response's extensions
 //! until the outermost layer writes it out, because only that one knows the request's id.
 
+use std::any::Any;
+use std::sync::Arc;
+
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::response::{IntoResponse, Response};
 use http::{HeaderValue, StatusCode, header};
 use serde::Serialize;
-use std::sync::Arc;
 use utoipa::ToSchema;
 
 use crate::model::Invalid;
@@ -44,6 +46,7 @@ codes! {
     INVALID = "invalid", UNPROCESSABLE_ENTITY, "The request can be read, but something in it is wrong";
     NOT_AVAILABLE = "not-available", UNPROCESSABLE_ENTITY, "This version cannot do that yet";
     KEY_REUSED = "idempotency-key-reused", UNPROCESSABLE_ENTITY, "The idempotency key belongs to another request";
+    CROSS_SITE = "cross-site", FORBIDDEN, "The request comes from another site";
     NOT_FOUND = "not-found", NOT_FOUND, "There is nothing at this address";
     NO_SUCH_QUEUE = "no-such-queue", NOT_FOUND, "There is no such queue";
     NO_SUCH_MESSAGE = "no-such-message", NOT_FOUND, "There is no such message";
@@ -68,7 +71,7 @@ pub(super) struct Problem {
     errors: Vec<Invalid>,
     retry_after: Option<u32>,
     /// What caused it, for the log only.
-    pub(super) cause: Option<Arc<store::Error>>,
+    pub(super) cause: Option<Arc<Cause>>,
 }
 
 /// An error as it is written: RFC 9457, with members of our own.
@@ -123,6 +126,14 @@ impl Problem {
         )
     }
 
+    /// A panic, with its text for the log.
+    pub(super) fn panicked(panic: &(dyn Any + Send)) -> Self {
+        let text = panic.downcast_ref::<String>().map(String::as_str);
+        let text = text.or_else(|| panic.downcast_ref::<&str>().copied());
+        let cause = Cause::Panic(text.unwrap_or("it did not say why").to_owned());
+        Self { cause: Some(Arc::new(cause)), ..Self::new(INTERNAL, SORRY) }
+    }
+
     /// As it is written into an answer, or into an item of one.
     pub(super) fn body(&self, request_id: &str) -> ProblemBody {
         let error = |wrong: &Invalid| ProblemError {
@@ -140,6 +151,17 @@ impl Problem {
         }
     }
 }
+
+/// What a problem comes from.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Cause {
+    #[error(transparent)]
+    Store(store::Error),
+    #[error("panicked: {0}")]
+    Panic(String),
+}
+
+const SORRY: &str = "something went wrong inside; the log has the details";
 
 impl From<Invalid> for Problem {
     fn from(wrong: Invalid) -> Self {
@@ -159,10 +181,10 @@ impl From<store::Error> for Problem {
                 Self::new(NO_ROOM, "the database has no room left; nothing was kept")
             }
             store::Error::Refused { .. } | store::Error::Corrupt { .. } => {
-                Self::new(INTERNAL, "something went wrong inside; the log has the details")
+                Self::new(INTERNAL, SORRY)
             }
         };
-        Self { cause: Some(Arc::new(error)), ..problem }
+        Self { cause: Some(Arc::new(Cause::Store(error))), ..problem }
     }
 }
 
@@ -193,5 +215,19 @@ impl Problem {
     /// What was wrong, value by value; for a problem without values, the problem itself.
     pub(super) fn into_errors(self) -> Vec<Invalid> {
         if self.errors.is_empty() { vec![Invalid::new("", self.detail)] } else { self.errors }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_keeps_its_text_for_the_log_and_from_the_caller() {
+        for panic in [Box::new("a bug") as Box<dyn Any + Send>, Box::new("a bug".to_owned())] {
+            let problem = Problem::panicked(&*panic);
+            assert_eq!(problem.cause.as_ref().unwrap().to_string(), "panicked: a bug");
+            assert_eq!(problem.body("id").detail, SORRY);
+        }
     }
 }

@@ -17,7 +17,7 @@ use super::Doors;
 use super::body::{read_json, read_json_or_default};
 use super::lasting::Lasting;
 use super::messages::Nothing;
-use super::problem::{Problem, ProblemBody};
+use super::problem::Problem;
 use super::queues::{StoppedBody, run_state};
 
 pub(super) fn routes() -> OpenApiRouter<Doors> {
@@ -131,8 +131,7 @@ async fn get_pump(State(doors): State<Doors>) -> Json<PumpBody> {
 /// Set the ceiling over all queues. In force when this answers.
 #[utoipa::path(patch, path = "/admin/v1/pump", tag = "pump",
     request_body(content = PumpPatch, content_type = "application/merge-patch+json"), responses(
-    (status = 200, body = PumpBody),
-    (status = 422, body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 200, body = PumpBody)))]
 async fn patch_pump(
     State(doors): State<Doors>,
     request: Request,
@@ -162,8 +161,7 @@ async fn start_pump(
 ///
 /// Answers when no delivery is open in this process any more.
 #[utoipa::path(post, path = "/admin/v1/pump/stop", tag = "pump", request_body = Option<StopBody>, responses(
-    (status = 200, body = StopAnswer),
-    (status = 422, body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 200, body = StopAnswer)))]
 async fn stop_pump(
     State(doors): State<Doors>,
     request: Request,

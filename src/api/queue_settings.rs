@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::de::IgnoredAny;
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::Value;
 use url::Url;
 use utoipa::ToSchema;
@@ -13,11 +14,14 @@ use crate::model::{
     Recovery, Retention, RetryStatuses, Scope,
 };
 
+use super::body::pointer_to;
 use super::envelope::{check_forwarded, not_available};
 use super::lasting::Lasting;
 use super::problem::Problem;
 
 /// How a queue is to be treated. What is missing has its default.
+///
+/// What only can be read is taken and overlooked, so that what a `GET` shows can be put back.
 #[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields, default)]
 pub(super) struct SettingsBody {
@@ -38,10 +42,44 @@ pub(super) struct SettingsBody {
     max_messages: Option<u64>,
     /// Not available in this version: null.
     redirect_to: Option<String>,
+    #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
+    #[schema(value_type = Option<String>, read_only, required = false)]
+    name: ReadOnly,
+    #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
+    #[schema(value_type = Option<String>, read_only, required = false)]
+    state: ReadOnly,
+    #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
+    #[schema(value_type = Option<Object>, read_only, required = false)]
+    stopped: ReadOnly,
+    #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
+    #[schema(value_type = Option<String>, read_only, required = false)]
+    held_until: ReadOnly,
+    #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
+    #[schema(value_type = Option<String>, read_only, required = false)]
+    breaker_state: ReadOnly,
+    #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
+    #[schema(value_type = Option<Object>, read_only, required = false)]
+    stats: ReadOnly,
+}
+
+/// A member that only can be read.
+#[derive(Debug, Clone, Copy, Default, Serialize)]
+struct ReadOnly;
+
+impl ReadOnly {
+    fn is_overlooked(&self) -> bool {
+        true
+    }
+}
+
+impl<'de> Deserialize<'de> for ReadOnly {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        IgnoredAny::deserialize(from).map(|_| Self)
+    }
 }
 
 /// Who processes the messages.
-#[derive(Debug, Clone, Default, Serialize, Deserialize, ToSchema)]
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
 #[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
 enum HandlerBody {
     /// An HTTP endpoint that gets a `POST` for each message.
@@ -61,10 +99,10 @@ enum HandlerBody {
     /// `log` shows each message on the console; `discard` drops it.
     Builtin { name: BuiltinBody },
     /// Messages wait; pulling them is not available in this version.
-    #[default]
-    Pull,
+    // In braces, because only then serde refuses members that it does not know.
+    Pull {},
     /// A function in the program that runs the pump; cannot be set from outside.
-    Service,
+    Service {},
 }
 
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
@@ -146,6 +184,12 @@ fn thirty_seconds() -> Lasting {
 
 fn binary() -> String {
     "binary".to_owned()
+}
+
+impl Default for HandlerBody {
+    fn default() -> Self {
+        Self::Pull {}
+    }
 }
 
 impl Default for ConcurrencyBody {
@@ -238,8 +282,8 @@ impl From<&QueueSettings> for SettingsBody {
             model::Handler::Builtin { name: Builtin::Discard } => {
                 HandlerBody::Builtin { name: BuiltinBody::Discard }
             }
-            model::Handler::Pull => HandlerBody::Pull,
-            model::Handler::Service => HandlerBody::Service,
+            model::Handler::Pull => HandlerBody::Pull {},
+            model::Handler::Service => HandlerBody::Service {},
         };
         Self {
             handler,
@@ -251,12 +295,17 @@ impl From<&QueueSettings> for SettingsBody {
             dedup_window: Some(Lasting(settings.dedup_window)),
             retention: RetentionBody::from(&settings.retention),
             max_messages: settings.max_messages,
-            redirect_to: None,
+            ..Self::default()
         }
     }
 }
 
 impl SettingsBody {
+    /// What was set: a lease that nobody set is null, and goes on to follow the timeout.
+    pub(super) fn as_set(settings: &QueueSettings) -> Self {
+        Self { lease: settings.lease.map(Lasting), ..Self::from(settings) }
+    }
+
     /// With every secret replaced by [`MASK`].
     pub(super) fn masked(mut self) -> Self {
         if let HandlerBody::Http { headers, .. } = &mut self.handler {
@@ -265,6 +314,14 @@ impl SettingsBody {
             }
         }
         self
+    }
+
+    /// Whether it says of some secret to keep what is stored.
+    pub(super) fn has_a_mask(&self) -> bool {
+        match &self.handler {
+            HandlerBody::Http { headers, .. } => headers.values().any(|value| value == MASK),
+            HandlerBody::Builtin { .. } | HandlerBody::Pull {} | HandlerBody::Service {} => false,
+        }
     }
 
     /// In: checked, with masks replaced by what is stored in `before`.
@@ -362,11 +419,11 @@ fn handler(body: HandlerBody, before: Option<&model::Handler>) -> Result<model::
         HandlerBody::Builtin { name: BuiltinBody::Discard } => {
             Ok(model::Handler::Builtin { name: Builtin::Discard })
         }
-        HandlerBody::Pull => Ok(model::Handler::Pull),
-        HandlerBody::Service if before == Some(&model::Handler::Service) => {
+        HandlerBody::Pull {} => Ok(model::Handler::Pull),
+        HandlerBody::Service {} if before == Some(&model::Handler::Service) => {
             Ok(model::Handler::Service)
         }
-        HandlerBody::Service => {
+        HandlerBody::Service {} => {
             let detail = "a service is set by the program that has it, not from outside";
             Err(Invalid::new("/handler/kind", detail).into())
         }
@@ -379,8 +436,8 @@ fn unmask(
 ) -> Result<BTreeMap<String, String>, Problem> {
     let mut result = BTreeMap::new();
     for (name, value) in headers {
+        let pointer = pointer_to("/handler/headers", &name);
         let name = name.to_ascii_lowercase();
-        let pointer = format!("/handler/headers/{name}");
         let value = match stored.get(&name) {
             Some(stored) if value == MASK => stored.clone(),
             None if value == MASK => {
@@ -389,29 +446,17 @@ fn unmask(
             }
             _ => value,
         };
-        check_forwarded(&name, &value).map_err(|detail| Invalid::new(pointer, detail))?;
-        result.insert(name, value);
+        check_forwarded(&name, &value).map_err(|detail| Invalid::new(&pointer, detail))?;
+        if result.insert(name, value).is_some() {
+            return Err(spelled_twice(pointer).into());
+        }
     }
     Ok(result)
 }
 
-/// Applies a JSON merge patch (RFC 7396).
-pub(super) fn merge_patch(target: &mut Value, patch: Value) {
-    let Value::Object(patch) = patch else {
-        *target = patch;
-        return;
-    };
-    if !target.is_object() {
-        *target = Value::Object(serde_json::Map::new());
-    }
-    let Value::Object(members) = target else { return };
-    for (name, value) in patch {
-        if value.is_null() {
-            members.remove(&name);
-        } else {
-            merge_patch(members.entry(name).or_insert(Value::Null), value);
-        }
-    }
+/// A header whose name stands twice in what was sent.
+pub(super) fn spelled_twice(pointer: String) -> Invalid {
+    Invalid::new(pointer, "one header stands here in two spellings")
 }
 
 #[cfg(test)]
@@ -441,31 +486,6 @@ mod tests {
         assert!(!text.contains("hunter2"), "{text}");
         assert_eq!(shown.clone().into_settings(Some(&first)).unwrap(), first);
         assert!(shown.into_settings(None).is_err());
-    }
-
-    #[test]
-    fn merge_patch_is_that_of_the_rfc() {
-        for (target, patch, result) in [
-            (json!({"a": "b"}), json!({"a": "c"}), json!({"a": "c"})),
-            (json!({"a": "b"}), json!({"b": "c"}), json!({"a": "b", "b": "c"})),
-            (json!({"a": "b", "b": "c"}), json!({"a": null}), json!({"b": "c"})),
-            (json!({"a": ["b"]}), json!({"a": "c"}), json!({"a": "c"})),
-            (
-                json!({"a": {"b": "c"}}),
-                json!({"a": {"b": "d", "c": null}}),
-                json!({"a": {"b": "d"}}),
-            ),
-            (
-                json!({"a": "foo"}),
-                json!({"b": {"c": {"d": null}}}),
-                json!({"a": "foo", "b": {"c": {}}}),
-            ),
-            (json!(["a"]), json!({"x": 1}), json!({"x": 1})),
-        ] {
-            let mut patched = target;
-            merge_patch(&mut patched, patch);
-            assert_eq!(patched, result);
-        }
     }
 
     #[test]

@@ -11,15 +11,17 @@ use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::model::{Invalid, QueueName, QueueRecord, RunState};
+use crate::model::{Invalid, QueueName, QueueRecord, QueueSettings, RunState};
 use crate::store::{DeleteQueue, Depth, Precondition, PutQueue};
 
 use super::Doors;
 use super::body::{Path, Query, parse, read_json, read_json_or_default};
 use super::messages::Nothing;
+use super::pages::{QueueListQuery, write_queue_cursor};
 use super::problem::{self, Problem, ProblemBody};
 use super::pump::{StopAnswer, StopBody};
-use super::queue_settings::{SettingsBody, merge_patch};
+use super::queue_settings::SettingsBody;
+use super::settings_patch::SettingsPatch;
 
 pub(super) fn routes() -> OpenApiRouter<Doors> {
     OpenApiRouter::new()
@@ -66,9 +68,11 @@ struct Stats {
     oldest_ready_age: Option<f64>,
 }
 
+/// A page of queues, by name.
 #[derive(Debug, Serialize, ToSchema)]
 struct QueueList {
     items: Vec<QueueBody>,
+    /// The cursor of the next page; null at the end.
     next: Option<String>,
 }
 
@@ -87,19 +91,29 @@ struct DeleteQuery {
 }
 
 /// List queues, by name.
-#[utoipa::path(get, path = "/admin/v1/queues", tag = "queues", responses((status = 200, body = QueueList)))]
-async fn list_queues(State(doors): State<Doors>) -> Result<Json<QueueList>, Problem> {
+#[utoipa::path(get, path = "/admin/v1/queues", tag = "queues", params(QueueListQuery),
+    responses((status = 200, body = QueueList)))]
+async fn list_queues(
+    State(doors): State<Doors>,
+    Query(query): Query<QueueListQuery>,
+) -> Result<Json<QueueList>, Problem> {
+    let (limit, after) = query.page()?;
     let store = doors.pump().store();
+    // Every process holds all queues in memory anyway, so the store has no pages of them.
+    let mut queues = store.queues().await?;
+    queues.retain(|queue| after.as_ref().is_none_or(|after| queue.name > *after));
+    let more = queues.len() > limit;
+    queues.truncate(limit);
+    let next = queues.last().filter(|_| more).map(|queue| write_queue_cursor(&queue.name));
     let depths = store.depths().await?;
-    let items = store.queues().await?.iter().map(|queue| queue_body(queue, &depths)).collect();
-    Ok(Json(QueueList { items, next: None }))
+    let items = queues.iter().map(|queue| queue_body(queue, &depths)).collect();
+    Ok(Json(QueueList { items, next }))
 }
 
 /// Show a queue.
 #[utoipa::path(get, path = "/admin/v1/queues/{queue}", tag = "queues",
     params(("queue" = String, Path, description = "The queue's name")), responses(
-    (status = 200, body = QueueBody, headers(("ETag" = String, description = "Of the settings alone"))),
-    (status = 404, body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 200, body = QueueBody, headers(("ETag" = String, description = "Of the settings alone")))))]
 async fn get_queue(
     State(doors): State<Doors>,
     Path(name): Path<String>,
@@ -119,27 +133,39 @@ async fn get_queue(
         ("If-None-Match" = Option<String>, Header, description = "`*`: there must be none")),
     responses(
     (status = 201, description = "It is new", body = QueueBody),
-    (status = 200, description = "It has these settings now", body = QueueBody),
-    (status = 412, body = ProblemBody, content_type = "application/problem+json"),
-    (status = 422, body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 200, description = "It has these settings now", body = QueueBody)))]
 async fn put_queue(
     State(doors): State<Doors>,
     Path(name): Path<String>,
     request: Request,
 ) -> Result<Response, Problem> {
     let name = QueueName::parse(&name)?;
-    let precondition = precondition(request.headers())?;
-    let mut body = read_json::<Value>(request).await?;
-    drop_read_only(&mut body);
-    let body = parse::<SettingsBody, _>(body)?;
-    let before = doors.pump().store().queue(&name).await?;
-    let settings = body.into_settings(before.as_ref().map(|queue| &queue.settings))?;
-    let put = doors.put_queue(name, settings, precondition).await?;
-    match put {
-        PutQueue::Created(queue) => answer(&doors, StatusCode::CREATED, &queue).await,
-        PutQueue::Replaced(queue) => answer(&doors, StatusCode::OK, &queue).await,
-        PutQueue::PreconditionFailed => Err(precondition_failed()),
+    let wanted = precondition(request.headers())?;
+    let body = read_json::<Value>(request).await?;
+    if !body.is_object() {
+        return Err(Invalid::new("", "settings are a JSON object").into());
     }
+    let body = parse::<SettingsBody, _>(body)?;
+    for _ in 0..CHANGE_TRIES {
+        let before = doors.pump().store().queue(&name).await?.map(|queue| queue.settings);
+        let etag = before.as_ref().map(QueueSettings::etag);
+        if !wanted.holds(etag.as_deref()) {
+            return Err(precondition_failed());
+        }
+        let settings = body.clone().into_settings(before.as_ref())?;
+        // A mask stands for a secret that was read, and must not bring it back over a newer one.
+        let precondition = match etag {
+            Some(etag) if body.has_a_mask() => Precondition::Matches(etag),
+            _ => wanted.clone(),
+        };
+        match doors.put_queue(name.clone(), settings, precondition).await? {
+            PutQueue::Created(queue) => return answer(&doors, StatusCode::CREATED, &queue).await,
+            PutQueue::Replaced(queue) => return answer(&doors, StatusCode::OK, &queue).await,
+            PutQueue::PreconditionFailed if body.has_a_mask() => {}
+            PutQueue::PreconditionFailed => return Err(precondition_failed()),
+        }
+    }
+    Err(kept_changing())
 }
 
 /// Change some settings: a JSON merge patch (RFC 7396). `null` resets to the default.
@@ -148,10 +174,7 @@ async fn put_queue(
     params(("queue" = String, Path, description = "The queue's name"),
         ("If-Match" = Option<String>, Header, description = "The ETag it must have")),
     responses(
-    (status = 200, description = "In force", body = QueueBody),
-    (status = 404, body = ProblemBody, content_type = "application/problem+json"),
-    (status = 412, body = ProblemBody, content_type = "application/problem+json"),
-    (status = 422, body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 200, description = "In force", body = QueueBody)))]
 async fn patch_queue(
     State(doors): State<Doors>,
     Path(name): Path<String>,
@@ -159,29 +182,23 @@ async fn patch_queue(
 ) -> Result<Response, Problem> {
     let name = QueueName::parse(&name)?;
     let wanted = precondition(request.headers())?;
-    let mut patch = read_json::<Value>(request).await?;
-    drop_read_only(&mut patch);
-    if !patch.is_object() {
-        return Err(Invalid::new("", "a patch is a JSON object").into());
-    }
+    let patch = SettingsPatch::new(read_json::<Value>(request).await?)?;
     // Another change may come in between: the ETag shows it, and the patch is applied to what is there then.
-    for _ in 0..PATCH_TRIES {
+    for _ in 0..CHANGE_TRIES {
         let found = doors.pump().store().queue(&name).await?;
         let found = found.ok_or_else(|| Problem::no_such_queue(&name))?;
         let etag = found.settings.etag();
         if !wanted.holds(Some(&etag)) {
             return Err(precondition_failed());
         }
-        let mut body = serde_json::to_value(SettingsBody::from(&found.settings))
-            .map_err(|_| Problem::new(problem::INTERNAL, "settings could not be written"))?;
-        merge_patch(&mut body, patch.clone());
+        let body = patch.apply_to(&found.settings)?;
         let settings = parse::<SettingsBody, _>(body)?.into_settings(Some(&found.settings))?;
         let put = doors.put_queue(name.clone(), settings, Precondition::Matches(etag)).await?;
         if let PutQueue::Replaced(queue) = put {
             return answer(&doors, StatusCode::OK, &queue).await;
         }
     }
-    Err(Problem::new(problem::UNAVAILABLE, "others kept changing the queue; try again"))
+    Err(kept_changing())
 }
 
 /// Delete a queue; with `force` its messages too.
@@ -190,7 +207,6 @@ async fn patch_queue(
         ("If-Match" = Option<String>, Header, description = "The ETag it must have")),
     responses(
     (status = 204, description = "It is gone"),
-    (status = 404, body = ProblemBody, content_type = "application/problem+json"),
     (status = 409, description = "It has messages", body = ProblemBody, content_type = "application/problem+json")))]
 async fn delete_queue(
     State(doors): State<Doors>,
@@ -220,8 +236,7 @@ async fn delete_queue(
 /// Start a queue, now and after every restart.
 #[utoipa::path(post, path = "/admin/v1/queues/{queue}/start", tag = "queues",
     params(("queue" = String, Path, description = "The queue's name")), responses(
-    (status = 200, body = QueueBody),
-    (status = 404, body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 200, body = QueueBody)))]
 async fn start_queue(
     State(doors): State<Doors>,
     Path(name): Path<String>,
@@ -243,8 +258,7 @@ async fn start_queue(
 /// Answers when no delivery of it is open in this process any more.
 #[utoipa::path(post, path = "/admin/v1/queues/{queue}/stop", tag = "queues", request_body = Option<StopBody>,
     params(("queue" = String, Path, description = "The queue's name")), responses(
-    (status = 200, body = StopAnswer),
-    (status = 404, body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 200, body = StopAnswer)))]
 async fn stop_queue(
     State(doors): State<Doors>,
     Path(name): Path<String>,
@@ -260,8 +274,7 @@ async fn stop_queue(
 /// Delete what waits. What is leased, dead or done stays, and so do idempotency keys.
 #[utoipa::path(post, path = "/admin/v1/queues/{queue}/purge", tag = "queues",
     params(("queue" = String, Path, description = "The queue's name")), responses(
-    (status = 200, body = PurgeAnswer),
-    (status = 404, body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 200, body = PurgeAnswer)))]
 async fn purge_queue(
     State(doors): State<Doors>,
     Path(name): Path<String>,
@@ -290,7 +303,7 @@ impl Doors {
     async fn put_queue(
         &self,
         name: QueueName,
-        settings: crate::model::QueueSettings,
+        settings: QueueSettings,
         precondition: Precondition,
     ) -> Result<PutQueue, Problem> {
         let pump = self.pump().clone();
@@ -353,15 +366,6 @@ pub(super) fn run_state(state: &RunState) -> (&'static str, Option<StoppedBody>)
     }
 }
 
-/// What a `GET` shows and nobody can set; ignored, so that its body can be put back.
-fn drop_read_only(body: &mut Value) {
-    if let Value::Object(members) = body {
-        for name in ["name", "state", "stopped", "held_until", "breaker_state", "stats"] {
-            members.remove(name);
-        }
-    }
-}
-
 fn precondition(headers: &HeaderMap) -> Result<Precondition, Problem> {
     let text = |name| headers.get(name).map(|value: &HeaderValue| value.to_str().unwrap_or(""));
     match (text(header::IF_MATCH), text(header::IF_NONE_MATCH)) {
@@ -383,5 +387,9 @@ fn precondition_failed() -> Problem {
     Problem::new(problem::PRECONDITION, detail)
 }
 
-const PATCH_TRIES: usize = 10;
+fn kept_changing() -> Problem {
+    Problem::new(problem::UNAVAILABLE, "others kept changing the queue; try again")
+}
+
+const CHANGE_TRIES: usize = 10;
 const PURGE_BATCH: usize = 1000;

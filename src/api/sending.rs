@@ -13,10 +13,10 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::model::{Idempotency, Invalid, NewMessage, QueueName, QueueSettings};
-use crate::store::{Enqueue, EnqueueOutcome, Enqueued, Precondition, Receipt, Refusal};
+use crate::store::{Enqueue, EnqueueOutcome, Enqueued, Precondition, PutQueue, Receipt, Refusal};
 
 use super::body::{Path, Query, json, media_type, read};
-use super::envelope::{self, Envelope};
+use super::envelope::{self, Envelope, Trace};
 use super::problem::{self, Problem, ProblemBody};
 use super::{Doors, RequestId};
 
@@ -100,9 +100,7 @@ struct BatchQuery {
         (Envelope = "application/vnd.pumphouse.message+json"))),
     responses(
         (status = 201, description = "Committed", body = ReceiptBody),
-        (status = 200, description = "The same request came before; this was its answer", body = ReceiptBody),
-        (status = "4XX", description = "Nothing was kept", body = ProblemBody, content_type = "application/problem+json"),
-        (status = "5XX", description = "Try again with the same key", body = ProblemBody, content_type = "application/problem+json")))]
+        (status = 200, description = "The same request came before; this was its answer", body = ReceiptBody)))]
 async fn post_message(
     State(doors): State<Doors>,
     Path(queue): Path<String>,
@@ -141,6 +139,7 @@ async fn post_message(
 ///
 /// `{"messages": […], "atomic": false}`, or one envelope a line. Answers 207 with an item for each, in
 /// order; with `atomic` 201 for all, or 422 and none is kept. `Idempotency-Key` covers the whole batch.
+/// `traceparent`, `tracestate` and `baggage` are those of every message in it.
 #[utoipa::path(post, path = "/v1/queues/{queue}/messages/batch", tag = "sending",
     params(("queue" = String, Path, description = "The queue's name"), BatchQuery,
         ("Idempotency-Key" = Option<String>, Header, description = "Covers the whole batch")),
@@ -148,8 +147,7 @@ async fn post_message(
     responses(
         (status = 207, description = "An item for each message, in order", body = BatchAnswer),
         (status = 201, description = "`atomic`: all are committed", body = BatchAnswer),
-        (status = "4XX", description = "Nothing was kept", body = ProblemBody, content_type = "application/problem+json"),
-        (status = "5XX", description = "Try again with the same key", body = ProblemBody, content_type = "application/problem+json")))]
+        (status = 200, description = "`atomic`: the same request came before; this was its answer", body = BatchAnswer)))]
 async fn post_batch(
     State(doors): State<Doors>,
     RequestId(request_id): RequestId,
@@ -189,8 +187,10 @@ async fn post_batch(
             format!("a batch has at most {BATCH_MAX} messages; this one has {}", items.len());
         return Err(Problem::new(problem::TOO_LARGE, detail));
     }
-    let batch =
-        Batch::new(&queue, &items, envelope::key_of(&parts.headers)?, &body, doors.body_limit());
+    let key = envelope::key_of(&parts.headers)?;
+    let same = batch_fingerprint(&media_type, atomic, &body);
+    let trace = Trace::of(&parts.headers);
+    let batch = Batch::new(&queue, &items, key, same, &trace, doors.body_limit());
     batch.send(&doors, &queue, atomic, &request_id).await
 }
 
@@ -206,22 +206,23 @@ impl Batch {
         queue: &QueueName,
         items: &[Bytes],
         key: Option<String>,
-        body: &[u8],
+        fingerprint: [u8; 32],
+        trace: &Trace,
         body_limit: usize,
     ) -> Self {
-        let whole: [u8; 32] = Sha256::digest(body).into();
         let mut batch = Self {
             good: Vec::with_capacity(items.len()),
             bad: Vec::new(),
-            key: key.as_deref().map(|key| Idempotency::new("batch", key, whole)),
+            key: key.as_deref().map(|key| Idempotency::new("batch", key, fingerprint)),
         };
         for (index, item) in items.iter().enumerate() {
             match item_message(queue, item, body_limit) {
                 Ok(mut message) => {
+                    trace.put_into(&mut message);
                     if let Some(key) = &key {
                         // Derived from the batch's key, so that a repeat collapses item by item.
                         let key = format!("{key}:{index}");
-                        message.keys.push(Idempotency::new("batch-item", &key, whole));
+                        message.keys.push(Idempotency::new("batch-item", &key, fingerprint));
                     }
                     batch.good.push((index, message));
                 }
@@ -264,11 +265,16 @@ impl Batch {
             .collect::<Vec<_>>();
         items.extend(self.bad.iter().map(|(at, problem)| (*at, problem_item(problem, request_id))));
         items.sort_by_key(|(at, _)| *at);
-        let status = if atomic { StatusCode::CREATED } else { StatusCode::MULTI_STATUS };
+        let known = |one: &Enqueued| matches!(one, Enqueued::Duplicate(_));
+        let replayed = self.key.is_some() && !done.is_empty() && done.iter().all(known);
+        let status = match (atomic, replayed) {
+            (true, false) => StatusCode::CREATED,
+            (true, true) => StatusCode::OK,
+            (false, _) => StatusCode::MULTI_STATUS,
+        };
         let items = items.into_iter().map(|(_, item)| item).collect();
         let mut response = (status, Json(BatchAnswer { items })).into_response();
-        let known = |one: &Enqueued| matches!(one, Enqueued::Duplicate(_));
-        if self.key.is_some() && !done.is_empty() && done.iter().all(known) {
+        if replayed {
             response.headers_mut().insert("idempotency-replayed", HeaderValue::from_static("true"));
         }
         Ok(response)
@@ -291,6 +297,7 @@ fn one_envelope(
 ) -> Result<NewMessage, Problem> {
     no_options(headers)?;
     let (mut message, own) = json::<Envelope>(body)?.into_message(queue)?;
+    Trace::of(headers).put_into(&mut message);
     let header = envelope::key_of(headers)?;
     if header.is_some() && own.is_some() && header != own {
         let detail = "the envelope's key and the header's differ";
@@ -316,14 +323,24 @@ fn item_message(queue: &QueueName, item: &Bytes, limit: usize) -> Result<NewMess
 
 /// An envelope has its options inside; the same as headers would leave open which counts.
 fn no_options(headers: &HeaderMap) -> Result<(), Problem> {
-    let option = headers.keys().find(|name| name.as_str().starts_with("pumphouse-"));
-    match option {
-        None => Ok(()),
-        Some(name) => {
+    for name in headers.keys() {
+        envelope::refuse_event_header(name)?;
+        if name.as_str().starts_with("pumphouse-") {
             let detail = "with an envelope, options stand inside it, not in headers";
-            Err(Invalid::new(name.as_str(), detail).into())
+            return Err(Invalid::new(name.as_str(), detail).into());
         }
     }
+    Ok(())
+}
+
+/// What makes a batch the same: its media type, whether it is all or none, and its body.
+fn batch_fingerprint(media_type: &str, atomic: bool, body: &[u8]) -> [u8; 32] {
+    let mut hash = Sha256::new();
+    hash.update((media_type.len() as u64).to_be_bytes());
+    hash.update(media_type);
+    hash.update([u8::from(atomic)]);
+    hash.update(body);
+    hash.finalize().into()
 }
 
 fn lines(body: &Bytes) -> Vec<Bytes> {
@@ -414,11 +431,20 @@ impl Doors {
             if !this.creates_queues() || !lacks_queue(&outcome) {
                 return Ok(outcome);
             }
-            let settings = QueueSettings::default();
-            this.pump().store().put_queue(&queue, settings, Precondition::Absent).await?;
+            this.make_queue(&queue).await?;
             Ok(this.pump().enqueue(enqueue).await?)
         })
         .await
+    }
+
+    async fn make_queue(&self, queue: &QueueName) -> Result<(), Problem> {
+        let settings = QueueSettings::default();
+        let put = self.pump().store().put_queue(queue, settings, Precondition::Absent).await?;
+        if let PutQueue::Created(_) = put {
+            // A typing error in a name makes one too, and nothing else would tell.
+            tracing::warn!(%queue, "a message to an unknown queue made it; it has no handler, so what is in it waits");
+        }
+        Ok(())
     }
 }
 

@@ -30,6 +30,8 @@ pub(super) struct Config {
     pub(super) replica: ReplicaName,
     /// Queues that are to exist, with their handlers.
     pub(super) queues: Vec<(QueueName, Handler)>,
+    /// Whether other machines may reach it.
+    pub(super) insecure: bool,
     /// Whether sending to an unknown queue makes it.
     pub(super) auto_create_queues: bool,
     /// How long open deliveries may go on at the end.
@@ -115,6 +117,7 @@ impl Config {
                 None => replica_default(),
             },
             queues: read_queues(layers)?,
+            insecure: switch("insecure")?.unwrap_or_default(),
             auto_create_queues: switch("auto-create-queues")?.unwrap_or_default(),
             drain_deadline: read(layers, "drain-deadline", |text| parse_span(text).map_err(why))?
                 .context("drain_deadline has a default")?,
@@ -125,7 +128,7 @@ impl Config {
                 json: read(layers, "log-format", parse_format)?.unwrap_or_default(),
             },
         };
-        if !switch("insecure")?.unwrap_or_default() {
+        if !config.insecure {
             for flag in ["listen", "admin-listen"] {
                 read(layers, flag, refuse_strangers)?;
             }

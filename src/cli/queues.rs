@@ -9,6 +9,7 @@ use bytes::Bytes;
 use clap::Subcommand;
 use clap::error::ErrorKind;
 use http::Method;
+use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::model::{Builtin, Handler, QueueName, parse_span};
@@ -96,9 +97,7 @@ impl Named {
 /// Does it and prints the answer.
 pub(super) async fn run(queues: Queues) -> Result<()> {
     match queues.action {
-        Action::List { server } => {
-            ask(Method::GET, &server, "/admin/v1/queues?limit=200", None, PATIENCE).await
-        }
+        Action::List { server } => list(&server).await,
         Action::Show(named) => {
             ask(Method::GET, &named.server, &named.path(""), None, PATIENCE).await
         }
@@ -127,6 +126,35 @@ pub(super) async fn run(queues: Queues) -> Result<()> {
             ask(Method::DELETE, &named.server, &path, None, PATIENCE).await
         }
     }
+}
+
+/// Walks the pages and prints them as one list.
+async fn list(server: &Server) -> Result<()> {
+    let mut items = Vec::new();
+    let mut cursor = String::new();
+    loop {
+        let path = format!("/admin/v1/queues?limit=200&cursor={cursor}");
+        let page = call(Call {
+            method: Method::GET,
+            base: &server.url,
+            path: &path,
+            headers: Vec::new(),
+            body: Bytes::new(),
+            patience: PATIENCE,
+        });
+        let page = serde_json::from_slice::<Page>(&page.await?);
+        let page = page.context("the answer is no list of queues")?;
+        items.extend(page.items);
+        let Some(next) = page.next else { break };
+        cursor = next;
+    }
+    print(&pretty(json!({ "items": items }).to_string().as_bytes()))
+}
+
+#[derive(Deserialize)]
+struct Page {
+    items: Vec<Value>,
+    next: Option<String>,
 }
 
 async fn ask(

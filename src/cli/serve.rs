@@ -1,11 +1,14 @@
 //! `pumphouse serve`: from a configuration to a running server, and back down in the opposite order.
 //!
 //! ```text
-//!   up    signals › metrics › store › queues › listeners › pump › doors
+//!   up    signals › metrics › listeners › (waiting room) store › queues › pump › doors
 //!   down  (signal) › refuse messages › drain the pump › close the doors › close the store
 //! ```
 
+use std::io;
+use std::iter;
 use std::net::SocketAddr;
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -15,7 +18,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::api;
+use crate::api::{self, Names};
 use crate::clock::SystemClock;
 use crate::model::{Handler, QueueName, QueueSettings};
 use crate::pump::{Pumphouse, StopReport};
@@ -41,8 +44,11 @@ pub(super) async fn run(config: Config) -> Result<()> {
     let closing = CancellationToken::new();
     let metrics = record_metrics(&tasks, &closing)?;
 
+    let listeners = Listeners::bind(&config).await?;
+    let waiting_room = WaitingRoom::open(&listeners)?;
     let Some(store) = open(&config, &stop).await? else { return Ok(()) };
-    let served = serve(&config, &store, metrics, &stop, &tasks, &closing).await;
+    let served = serve(&config, &store, listeners, waiting_room, metrics, &stop, &tasks, &closing);
+    let served = served.await;
 
     closing.cancel();
     tasks.close();
@@ -51,26 +57,28 @@ pub(super) async fn run(config: Config) -> Result<()> {
     served
 }
 
+#[expect(
+    clippy::too_many_arguments,
+    reason = "each is made by `run`, in the order of the plan above"
+)]
 async fn serve(
     config: &Config,
     store: &Arc<dyn Store>,
+    listeners: Listeners,
+    waiting_room: WaitingRoom,
     metrics: PrometheusHandle,
     stop: &CancellationToken,
     tasks: &TaskTracker,
     closing: &CancellationToken,
 ) -> Result<()> {
-    let listener = bind(config.listen).await?;
-    let admin_listener = match config.admin_listen {
-        Some(address) => Some(bind(address).await?),
-        None => None,
-    };
     let begin = patiently(stop, "start the pump", async || {
         Pumphouse::builder(Arc::clone(store)).replica(config.replica.clone()).start().await
     });
     let Some(pump) = begin.await.context("cannot start the pump")? else { return Ok(()) };
 
-    announce(config, &listener, admin_listener.as_ref())?;
-    open_doors(config, &pump, metrics, listener, admin_listener, tasks, closing);
+    waiting_room.close().await;
+    announce(config, &listeners)?;
+    open_doors(config, &pump, metrics, listeners, tasks, closing);
     stop.cancelled().await;
 
     // From here on nothing is taken in, and whoever asks is told that this process is not ready.
@@ -79,10 +87,59 @@ async fn serve(
     Ok(())
 }
 
+/// Where this process can be reached.
+struct Listeners {
+    all: TcpListener,
+    /// Of the operators, where they have one of their own.
+    admin: Option<TcpListener>,
+}
+
+impl Listeners {
+    async fn bind(config: &Config) -> Result<Self> {
+        let all = bind(config.listen).await?;
+        let admin = match config.admin_listen {
+            Some(address) => Some(bind(address).await?),
+            None => None,
+        };
+        Ok(Self { all, admin })
+    }
+}
+
+/// Answers for this process until its database is there, so that whoever watches it does not end it for
+/// something that a new start would not mend.
+struct WaitingRoom {
+    tasks: TaskTracker,
+    closing: CancellationToken,
+}
+
+impl WaitingRoom {
+    fn open(listeners: &Listeners) -> Result<Self> {
+        let room = Self { tasks: TaskTracker::new(), closing: CancellationToken::new() };
+        for listener in iter::once(&listeners.all).chain(&listeners.admin) {
+            let listener = second_handle(listener).context("cannot listen")?;
+            let router = api::waiting_router();
+            room.tasks.spawn(api::serve(listener, router, room.closing.clone(), DOORS_DEADLINE));
+        }
+        room.tasks.close();
+        Ok(room)
+    }
+
+    async fn close(self) {
+        self.closing.cancel();
+        self.tasks.wait().await;
+    }
+}
+
+/// Another handle on the same socket: both accept from one queue of connections.
+fn second_handle(listener: &TcpListener) -> io::Result<TcpListener> {
+    let socket = listener.as_fd().try_clone_to_owned()?;
+    TcpListener::from_std(socket.into())
+}
+
 /// One line that says where to knock; with port 0 it is the only place where the port is told.
-fn announce(config: &Config, listener: &TcpListener, admin: Option<&TcpListener>) -> Result<()> {
-    let address = listener.local_addr()?;
-    let admin_address = admin.map(TcpListener::local_addr).transpose()?;
+fn announce(config: &Config, listeners: &Listeners) -> Result<()> {
+    let address = listeners.all.local_addr()?;
+    let admin_address = listeners.admin.as_ref().map(TcpListener::local_addr).transpose()?;
     tracing::info!(
         %address,
         admin_address = admin_address.map(tracing::field::display),
@@ -98,22 +155,26 @@ fn open_doors(
     config: &Config,
     pump: &Pumphouse,
     metrics: PrometheusHandle,
-    listener: TcpListener,
-    admin_listener: Option<TcpListener>,
+    listeners: Listeners,
     tasks: &TaskTracker,
     closing: &CancellationToken,
 ) {
-    let state =
-        api::Doors::new(pump.clone(), metrics, config.body_limit, config.auto_create_queues);
+    let state = api::Doors::new(
+        pump.clone(),
+        metrics,
+        config.body_limit,
+        config.auto_create_queues,
+        if config.insecure { Names::Any } else { Names::Local },
+    );
     let serve = |listener, router| {
         tasks.spawn(api::serve(listener, router, closing.clone(), DOORS_DEADLINE));
     };
-    match admin_listener {
-        Some(admin_listener) => {
-            serve(listener, api::data_router(state.clone()));
-            serve(admin_listener, api::admin_router(state));
+    match listeners.admin {
+        Some(admin) => {
+            serve(listeners.all, api::data_router(state.clone()));
+            serve(admin, api::admin_router(state));
         }
-        None => serve(listener, api::router(state)),
+        None => serve(listeners.all, api::router(state)),
     }
 }
 
@@ -179,7 +240,7 @@ async fn declare(store: &dyn Store, queue: &QueueName, handler: &Handler) -> sto
             Some(record) if same(&record.settings.handler, handler) => return Ok(()),
             Some(record) => {
                 let precondition = Precondition::Matches(record.settings.etag());
-                (QueueSettings { handler: handler.clone(), ..record.settings }, precondition)
+                (with_handler(record.settings, handler), precondition)
             }
             None => {
                 let settings = QueueSettings { handler: handler.clone(), ..Default::default() };
@@ -190,6 +251,16 @@ async fn declare(store: &dyn Store, queue: &QueueName, handler: &Handler) -> sto
         if store.put_queue(queue, settings, precondition).await? != PutQueue::PreconditionFailed {
             return Ok(());
         }
+    }
+}
+
+/// The same settings with another handler. A lease that was set for the old one may be too short for it:
+/// then it goes back to its default, because nothing could be delivered with it.
+fn with_handler(settings: QueueSettings, handler: &Handler) -> QueueSettings {
+    let settings = QueueSettings { handler: handler.clone(), ..settings };
+    match settings.check() {
+        Ok(()) => settings,
+        Err(_) => QueueSettings { lease: None, ..settings },
     }
 }
 

@@ -51,8 +51,9 @@ pub(super) const SETTINGS: &[Setting] = &[
         flag: "admin-listen",
         kind: Kind::Text("ADDRESS"),
         default: "",
-        help: "Where to answer operators (/admin) instead, so that programs that send cannot operate. \
-               Without it both are answered on --listen",
+        help: "Where to answer operators instead: /admin, /metrics, /docs and /openapi.json stand there and no \
+               more on --listen, so that programs that send cannot operate. /livez, /readyz and the pages \
+               about problems stand on both. Without it everything is answered on --listen",
     },
     Setting {
         flag: "database",
@@ -66,7 +67,8 @@ pub(super) const SETTINGS: &[Setting] = &[
         kind: Kind::Text("NAME"),
         default: "",
         help: "The name of this process, different from that of every other on the same database. With a \
-               name that stays over restarts, leases of a crashed process come back at its restart. \
+               name that stays over restarts, leases of a crashed process come back at its restart; without \
+               one on Postgres when it was not heard of for five seconds, on SQLite at the restart too. \
                Without it: the host's name and six random characters",
     },
     Setting {
@@ -80,7 +82,9 @@ pub(super) const SETTINGS: &[Setting] = &[
         flag: "auto-create-queues",
         kind: Kind::Switch,
         default: "false",
-        help: "Make a queue when a message is sent to a name that is not known; without it that is a 404",
+        help: "Make a queue when a message is sent to a name that is not known; without it that is a 404. \
+               Such a queue has no handler: until an operator gives it one its messages wait, those to a \
+               mistyped name too",
     },
     Setting {
         flag: "drain-deadline",
@@ -99,8 +103,8 @@ pub(super) const SETTINGS: &[Setting] = &[
         flag: "insecure",
         kind: Kind::Switch,
         default: "false",
-        help: "Listen where other machines can reach it although there are no API keys: only with a \
-               network or a proxy before it that keeps strangers out",
+        help: "Listen where other machines can reach it although there are no API keys, and answer under any \
+               name in Host: only with a network or a proxy before it that keeps strangers out",
     },
     Setting {
         flag: "log",

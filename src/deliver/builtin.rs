@@ -2,7 +2,9 @@
 
 use std::convert::Infallible;
 use std::io::{self, Write};
+use std::sync::LazyLock;
 
+use tokio::sync::{mpsc, oneshot};
 use tower::service_fn;
 
 use crate::model::{Builtin, Message};
@@ -22,10 +24,32 @@ pub fn builtin(name: Builtin) -> Handler {
 /// This is the one place that prints a payload, because that is what an operator asked for by choosing
 /// this handler. It goes to standard output, never to the log.
 async fn show(delivery: Delivery) -> Result<(), io::Error> {
-    let line = line(&delivery.message, delivery.attempt);
-    let mut out = io::stdout().lock();
-    out.write_all(line.as_bytes())?;
-    out.flush()
+    static PRINTER: LazyLock<mpsc::Sender<Line>> = LazyLock::new(printer);
+    let gone = |_| io::Error::other("nobody writes to standard output any more");
+    let (printed, done) = oneshot::channel();
+    let line = Line { text: line(&delivery.message, delivery.attempt), printed };
+    PRINTER.send(line).await.map_err(|_| gone(()))?;
+    done.await.map_err(|_| gone(()))?
+}
+
+/// A line to be printed, and who waits for that.
+struct Line {
+    text: String,
+    printed: oneshot::Sender<io::Result<()>>,
+}
+
+/// A thread of its own for standard output: whoever reads it may stop reading (`| less`), and then only
+/// the deliveries to this handler wait, until their time is up.
+fn printer() -> mpsc::Sender<Line> {
+    let (lines, mut waiting) = mpsc::channel::<Line>(LINES_WAITING_MAX);
+    std::thread::spawn(move || {
+        while let Some(line) = waiting.blocking_recv() {
+            let mut out = io::stdout().lock();
+            let printed = out.write_all(line.text.as_bytes()).and_then(|()| out.flush());
+            let _ = line.printed.send(printed); // whoever gave up waiting has failed already
+        }
+    });
+    lines
 }
 
 /// One line for one message: queue, id, attempt, type, size and the beginning of the payload.
@@ -43,3 +67,5 @@ fn line(message: &Message, attempt: u32) -> String {
 
 /// How many bytes of a payload are shown.
 const SHOWN: usize = 200;
+/// How many lines may wait to be printed.
+const LINES_WAITING_MAX: usize = 64;

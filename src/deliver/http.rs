@@ -125,12 +125,16 @@ fn request(
     Ok(request)
 }
 
-/// Puts a header on; a value that is not plain ASCII is percent-encoded, as CloudEvents does it.
+/// Puts a header on. Attributes of CloudEvents are percent-encoded as their HTTP binding says (3.1.3.2);
+/// of the others, a value that is not plain ASCII is encoded in the same way, and any other goes as it is.
 fn put(headers: &mut HeaderMap, name: &str, value: &str) {
-    const NOT_PLAIN: &AsciiSet = CONTROLS;
+    const ENCODED: &AsciiSet = &CONTROLS.add(b' ').add(b'"').add(b'%');
     let plain = value.bytes().all(|byte| matches!(byte, b' '..=b'~' | b'\t'));
-    let encoded =
-        if plain { value.into() } else { utf8_percent_encode(value, NOT_PLAIN).to_string() };
+    let encoded = if plain && !name.starts_with("ce-") {
+        value.into()
+    } else {
+        utf8_percent_encode(value, ENCODED).to_string()
+    };
     // Both were checked when the message or the queue was taken in; what an older version let through
     // is left out rather than failing every delivery of the message.
     if let (Ok(name), Ok(value)) = (HeaderName::try_from(name), HeaderValue::try_from(encoded)) {
@@ -167,6 +171,10 @@ fn meaning(answer: &Response<()>, excerpt: Bytes, now: Timestamp) -> Result<Answ
         ..Failure::new(kind, detail)
     };
     let verdict = match answer.headers().get("pumphouse-verdict").map(HeaderValue::as_bytes) {
+        None | Some(b"ack") if carries_messages(answer.headers()) => {
+            let detail = "the answer carries messages, which this version cannot send";
+            return Err(failure(ErrorKind::Malformed, detail.to_owned()));
+        }
         Some(b"ack") => Verdict::Ack,
         Some(b"retry") => Verdict::Retry { after: retry_after },
         Some(b"dead_letter") => Verdict::DeadLetter { reason: said("dead_letter", status) },
@@ -174,10 +182,6 @@ fn meaning(answer: &Response<()>, excerpt: Bytes, now: Timestamp) -> Result<Answ
         Some(_) => {
             let detail =
                 "the handler's Pumphouse-Verdict is none of ack, retry, dead_letter, discard";
-            return Err(failure(ErrorKind::Malformed, detail.to_owned()));
-        }
-        None if carries_messages(answer.headers()) => {
-            let detail = "the answer carries messages, which this version cannot send";
             return Err(failure(ErrorKind::Malformed, detail.to_owned()));
         }
         None if status.is_success() => Verdict::Ack,

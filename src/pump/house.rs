@@ -1,12 +1,12 @@
 //! All pumps of one process: start, stop, drain, limits, and what they really do now.
 //!
-//! What is wanted stands in the store: queues, settings, who is stopped. This room brings the pumps of this
-//! process in line with it, whenever it hears that something changed and once a second besides.
+//! What is wanted stands in the store: queues, settings, who is stopped. `line_up.rs` brings the pumps of this
+//! process in line with it.
 
 use std::collections::{BTreeMap, HashMap};
 use std::ops::AddAssign;
-use std::sync::atomic::{AtomicI64, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::atomic::AtomicI64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -14,20 +14,18 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::clock::{Clock, SystemClock};
-use crate::deliver::{self, Client, Handler, Surroundings};
-use crate::model::{
-    self, NewMessage, QueueName, QueueRecord, QueueSettings, ReplicaName, RunState, Stopped,
-};
+use crate::deliver::{self, Client, Handler};
+use crate::model::{self, NewMessage, QueueName, QueueSettings, ReplicaName, RunState, Stopped};
 use crate::store::{
     self, CEILING_DEFAULT, Enqueue, EnqueueOutcome, Enqueued, Precondition, PutQueue, Store,
 };
-use crate::telemetry::metrics::{self, QueueMeters};
+use crate::telemetry::metrics;
 
+use super::QueuePump;
 use super::embed::Queue;
 use super::gate::Gate;
 use super::keeper;
-use super::round::{self, Mode, Round};
-use super::{QueuePump, Setup};
+use super::round;
 
 /// A message pump over one store. Cheap to clone; all clones are the same pump.
 ///
@@ -111,29 +109,31 @@ pub(super) struct House {
     pub(super) replica: ReplicaName,
     /// Changes with every start, so that leases of an earlier life are told apart.
     pub(super) incarnation: i64,
-    /// The store's revision in the last quiet second.
-    revision: AtomicI64,
-    clock: Arc<dyn Clock>,
-    client: Client,
+    /// The store's revision in the last quiet second after which everything was in line.
+    pub(super) revision: AtomicI64,
+    pub(super) clock: Arc<dyn Clock>,
+    pub(super) client: Client,
     /// Handlers in this program, by queue.
-    services: HashMap<QueueName, Handler>,
-    ceiling: Arc<Gate>,
+    pub(super) services: HashMap<QueueName, Handler>,
+    pub(super) ceiling: Arc<Gate>,
     known: Mutex<Known>,
     pumps: Mutex<BTreeMap<QueueName, Arc<QueuePump>>>,
+    /// Pumps of queues that were deleted while something of them was open. Locked after `pumps`.
+    gone: Mutex<Vec<Arc<QueuePump>>>,
     /// Held while pumps are brought in line, so that two changes do not cross.
-    lining_up: tokio::sync::Mutex<()>,
-    leaving: CancellationToken,
+    pub(super) lining_up: tokio::sync::Mutex<()>,
+    pub(super) leaving: CancellationToken,
     tasks: TaskTracker,
 }
 
 /// What this process last heard from the store.
 #[derive(Debug)]
-struct Known {
-    state: RunState,
+pub(super) struct Known {
+    pub(super) state: RunState,
     replicas: Vec<ReplicaName>,
     heard: Instant,
     /// Whether something is stopped until a moment, which no news will tell.
-    timed_pauses: bool,
+    pub(super) timed_pauses: bool,
 }
 
 impl Pumphouse {
@@ -189,10 +189,8 @@ impl Pumphouse {
         queue: &QueueName,
         stop: Stop,
     ) -> store::Result<Option<StopReport>> {
-        let deadline = tokio::time::Instant::now() + stop.deadline;
-        let pumps = self.0.pumps().into_iter().filter(|pump| pump.queue == *queue).collect();
-        let (found, rounds) = self.0.stop(Some(queue), pumps, stop).await?;
-        Ok(if found { Some(round::end_all(rounds, deadline).await) } else { None })
+        let (found, report) = self.0.stop(Some(queue), stop).await?;
+        Ok(found.then_some(report))
     }
 
     /// Starts the whole pump: every queue that is not stopped itself.
@@ -203,9 +201,7 @@ impl Pumphouse {
 
     /// Stops the whole pump, as [`Pumphouse::stop_queue`] does for one queue.
     pub async fn stop(&self, stop: Stop) -> store::Result<StopReport> {
-        let deadline = tokio::time::Instant::now() + stop.deadline;
-        let (_, rounds) = self.0.stop(None, self.0.pumps(), stop).await?;
-        Ok(round::end_all(rounds, deadline).await)
+        Ok(self.0.stop(None, stop).await?.1)
     }
 
     /// Sets how many deliveries of all queues may be open at once; in force when it returns.
@@ -250,9 +246,9 @@ impl Pumphouse {
         // Whoever is bringing pumps in line may be about to start one: let it end first, but not for long,
         // because it may be waiting for a database that is away.
         let lining_up = tokio::time::timeout(GOODBYE_MAX, self.0.lining_up.lock()).await;
-        let rounds = self.0.pumps().iter().flat_map(|pump| pump.close_rounds()).collect();
+        let rounds = self.0.close_rounds(None);
         drop(lining_up);
-        let report = round::end_all(rounds, deadline).await;
+        let report = self.0.alive_during(round::end_all(rounds, deadline)).await;
         self.0.tasks.close();
         if tokio::time::timeout(GOODBYE_MAX, self.0.tasks.wait()).await.is_err() {
             tracing::warn!("left while the database did not answer");
@@ -319,6 +315,7 @@ impl Builder {
             ceiling: Gate::new(CEILING_DEFAULT),
             known: Mutex::new(known),
             pumps: Mutex::default(),
+            gone: Mutex::default(),
             lining_up: tokio::sync::Mutex::default(),
             leaving: CancellationToken::new(),
             tasks: TaskTracker::new(),
@@ -339,7 +336,11 @@ async fn declare(store: &dyn Store, queue: &Queue) -> store::Result<()> {
     if let Some(found) = store.queue(&queue.name).await?
         && found.settings.handler != model::Handler::Service
     {
-        let settings = QueueSettings { handler: model::Handler::Service, ..found.settings };
+        let mut settings = QueueSettings { handler: model::Handler::Service, ..found.settings };
+        // A lease that was set for the old handler may be too short for this one: nothing could be delivered.
+        if settings.check().is_err() {
+            settings.lease = None;
+        }
         store.put_queue(&queue.name, settings, Precondition::Exists).await?;
     }
     Ok(())
@@ -362,196 +363,15 @@ fn count_enqueued(all: &[Enqueued]) {
 impl House {
     fn spawn_upkeep(self: &Arc<Self>) {
         let store = || (Arc::clone(&self.store), self.leaving.clone());
-        let (this, (a, b, c)) = (Arc::clone(self), (store(), store(), store()));
+        let (a, b, c) = (store(), store(), store());
         self.tasks.spawn(keeper::keep_schedule(a.0, a.1));
         self.tasks.spawn(keeper::take_back_leases(b.0, b.1));
         self.tasks.spawn(keeper::sweep(c.0, c.1));
-        self.tasks.spawn(async move { this.keep_in_line().await });
+        self.tasks.spawn(Arc::clone(self).keep_in_line());
+        self.tasks.spawn(Arc::clone(self).mind_own_silence());
     }
 
-    /// Brings the pumps in line whenever something changed, and shows that this process is alive.
-    async fn keep_in_line(self: Arc<Self>) {
-        let mut news = self.store.news().of_settings();
-        let mut wait = ATTEND_EVERY;
-        loop {
-            let told = tokio::time::timeout(wait, news.changed());
-            let Some(told) = self.leaving.run_until_cancelled(told).await else { return };
-            news.mark_unchanged();
-            let looked = match told {
-                Ok(_) => self.line_up_and_attend().await,
-                Err(_) => self.attend_and_line_up_if_changed().await,
-            };
-            wait = match looked {
-                Ok(true) => ATTEND_WHILE_WAITING,
-                Ok(false) => ATTEND_EVERY,
-                Err(error) => {
-                    tracing::warn!(
-                        error = &error as &dyn std::error::Error,
-                        "cannot look at the queues; trying again"
-                    );
-                    self.shut_shared_gates_if_unheard();
-                    ATTEND_EVERY
-                }
-            };
-            self.store.news().forget_unheard();
-        }
-    }
-
-    /// Brings the pumps of this process in line with what the store wants; in force when it returns.
-    async fn line_up(self: &Arc<Self>) -> store::Result<()> {
-        self.line_up_and_attend().await.map(drop)
-    }
-
-    /// The quiet second: shows that this process is alive, and reads the queues only if something changed.
-    async fn attend_and_line_up_if_changed(self: &Arc<Self>) -> store::Result<bool> {
-        let attended = self.attend(false).await?;
-        // Compared with the last quiet second, not with the last reading: what changed during a reading
-        // is read again.
-        let before = self.revision.swap(attended.revision, Ordering::Relaxed);
-        if before != attended.revision || self.known().timed_pauses {
-            return self.line_up_and_attend().await;
-        }
-        Ok(attended.waiting)
-    }
-
-    async fn line_up_and_attend(self: &Arc<Self>) -> store::Result<bool> {
-        let _one_at_a_time = self.lining_up.lock().await;
-        self.line_up_alone().await
-    }
-
-    /// Closes these pumps, and says so in the store. The rounds it closed are still to be waited for.
-    ///
-    /// Closed first, so that nothing is leased after the call; and under the lock, so that nobody who
-    /// still reads the old state opens them again. If the store cannot be told, the pumps are brought in
-    /// line with what stands there as soon as it answers.
-    async fn stop(
-        self: &Arc<Self>,
-        queue: Option<&QueueName>,
-        pumps: Vec<Arc<QueuePump>>,
-        stop: Stop,
-    ) -> store::Result<(bool, Vec<Arc<Round>>)> {
-        let _one_at_a_time = self.lining_up.lock().await;
-        let rounds = pumps.iter().flat_map(|pump| pump.close_rounds()).collect();
-        let state = RunState::Stopped(self.stopped(stop));
-        let told = self.store.set_run_state(queue, state).await;
-        let lined_up = self.line_up_alone().await;
-        let found = told?;
-        lined_up?;
-        Ok((found, rounds))
-    }
-
-    async fn line_up_alone(self: &Arc<Self>) -> store::Result<bool> {
-        if self.leaving.is_cancelled() {
-            return Ok(false);
-        }
-        let pump = self.store.pump().await?;
-        let state = self.start_if_time(None, pump.state).await?;
-        let mut queues = self.store.queues().await?;
-        for queue in &mut queues {
-            let state = std::mem::take(&mut queue.state);
-            queue.state = self.start_if_time(Some(&queue.name), state).await?;
-        }
-        self.ceiling.set_limit(pump.ceiling);
-        let timed = |state: &RunState| matches!(state, RunState::Stopped(stopped) if stopped.until.is_some());
-        let timed_pauses = timed(&state) || queues.iter().any(|queue| timed(&queue.state));
-        {
-            let mut known = self.known();
-            known.state = state.clone();
-            known.timed_pauses = timed_pauses;
-        }
-        self.drop_missing(&queues);
-        for queue in &queues {
-            self.line_up_queue(queue);
-        }
-        // Gates are moved before anything new is started behind them.
-        let attended = self.attend(false).await?;
-        for queue in &queues {
-            if let Some(pump) = self.lock_pumps().get(&queue.name)
-                && !self.leaving.is_cancelled()
-            {
-                pump.set_mode(mode(&state, queue, pump));
-            }
-        }
-        Ok(attended.waiting)
-    }
-
-    /// Ends a timed pause whose time has come.
-    async fn start_if_time(
-        &self,
-        queue: Option<&QueueName>,
-        state: RunState,
-    ) -> store::Result<RunState> {
-        match &state {
-            RunState::Stopped(Stopped { until: Some(until), .. }) if *until <= self.clock.now() => {
-                self.store.set_run_state(queue, RunState::Running).await?;
-                Ok(RunState::Running)
-            }
-            RunState::Stopped(_) | RunState::Running => Ok(state),
-        }
-    }
-
-    fn drop_missing(&self, queues: &[QueueRecord]) {
-        self.lock_pumps().retain(|name, pump| {
-            let exists = queues.iter().any(|queue| queue.name == *name);
-            if !exists {
-                pump.set_mode(None);
-            }
-            exists
-        });
-    }
-
-    fn line_up_queue(self: &Arc<Self>, queue: &QueueRecord) {
-        let mut pumps = self.lock_pumps();
-        if let Some(pump) = pumps.get(&queue.name) {
-            if pump.setup().settings != queue.settings {
-                let setup = self.setup(&queue.name, &queue.settings, &pump.meters);
-                *pump.setup.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(setup);
-                // Narrowed at once; widened only once the share is known.
-                let limit = queue.settings.concurrency.limit;
-                pump.gate.set_limit(pump.gate.limit().min(limit));
-            }
-            return;
-        }
-        let meters = Arc::new(QueueMeters::of(&queue.name));
-        let setup = self.setup(&queue.name, &queue.settings, &meters);
-        let pump = QueuePump {
-            queue: queue.name.clone(),
-            replica: self.replica.clone(),
-            store: Arc::clone(&self.store),
-            clock: Arc::clone(&self.clock),
-            meters,
-            gate: Gate::new(0),
-            ceiling: Arc::clone(&self.ceiling),
-            setup: RwLock::new(Arc::new(setup)),
-            rounds: Mutex::default(),
-            held: AtomicUsize::new(0),
-            usual: AtomicU64::new(0),
-        };
-        pumps.insert(queue.name.clone(), Arc::new(pump));
-    }
-
-    fn setup(
-        &self,
-        name: &QueueName,
-        settings: &QueueSettings,
-        meters: &Arc<QueueMeters>,
-    ) -> Setup {
-        let handler = match &settings.handler {
-            model::Handler::Http(http) => Some(deliver::http_handler(
-                self.client.clone(),
-                http.clone(),
-                Arc::clone(&self.clock),
-            )),
-            model::Handler::Builtin { name } => Some(deliver::builtin(*name)),
-            model::Handler::Service => self.services.get(name).cloned(),
-            model::Handler::Pull => None,
-        };
-        let around = Surroundings { timeout: settings.timeout(), meters: Arc::clone(meters) };
-        let handler = handler.map(|handler| deliver::pipeline(handler, &around));
-        Setup { settings: settings.clone(), handler }
-    }
-
-    fn stopped(&self, stop: Stop) -> Stopped {
+    pub(super) fn stopped(&self, stop: Stop) -> Stopped {
         Stopped { at: self.clock.now(), by: stop.by, reason: stop.reason, until: stop.until }
     }
 
@@ -571,28 +391,18 @@ impl House {
         self.known().replicas = replicas;
     }
 
-    fn known(&self) -> MutexGuard<'_, Known> {
+    pub(super) fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn lock_pumps(&self) -> MutexGuard<'_, BTreeMap<QueueName, Arc<QueuePump>>> {
+    pub(super) fn lock_gone(&self) -> MutexGuard<'_, Vec<Arc<QueuePump>>> {
+        self.gone.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn lock_pumps(&self) -> MutexGuard<'_, BTreeMap<QueueName, Arc<QueuePump>>> {
         self.pumps.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What a queue's pump is to do, if anything.
-fn mode(pump_state: &RunState, queue: &QueueRecord, pump: &QueuePump) -> Option<Mode> {
-    pump.setup().handler.as_ref()?;
-    match (pump_state, &queue.state) {
-        (RunState::Stopped(_), _) => None,
-        (RunState::Running, RunState::Stopped(_)) => Some(Mode::UrgentOnly),
-        (RunState::Running, RunState::Running) => Some(Mode::All),
-    }
-}
-
-/// How often this process shows that it is alive and looks for changes that it was not told of.
-const ATTEND_EVERY: Duration = Duration::from_secs(1);
-/// The same while another replica has still to give up a share.
-const ATTEND_WHILE_WAITING: Duration = Duration::from_millis(100);
 /// How long a goodbye may take.
 const GOODBYE_MAX: Duration = Duration::from_secs(1);

@@ -25,6 +25,11 @@ impl QueuePump {
         let mut news = self.store.news().of_queue(&self.queue);
         let mut pause = PAUSE_MIN;
         while let Some(room) = round.closed.run_until_cancelled(self.room()).await {
+            if self.late.swap(false, Ordering::Relaxed) {
+                // What was leased came too late to start: leasing on at full speed would do the same again.
+                let wait = tokio::time::sleep(PAUSE_MIN);
+                let _ = round.closed.run_until_cancelled(wait).await;
+            }
             news.mark_unchanged(); // before looking, so that nothing slips in between
             match self.claim(room, round.mode).await {
                 Ok(leased) if leased.is_empty() => {
@@ -68,8 +73,9 @@ impl QueuePump {
                 0 => None,
                 micros => Some(Duration::from_micros(micros)),
             };
-            let ahead = policy::prefetch(self.gate.limit(), usual);
-            let wanted = self.gate.free().min(self.ceiling.limit() as usize) + ahead;
+            let ceiling = self.ceiling.limit();
+            let ahead = policy::prefetch(self.gate.limit().min(ceiling), usual);
+            let wanted = self.gate.free().min(ceiling as usize) + ahead;
             let room = wanted.saturating_sub(self.held.load(Ordering::Relaxed));
             if room > 0 {
                 return room.min(policy::LEASE_BATCH_MAX);

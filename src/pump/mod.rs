@@ -14,16 +14,17 @@ mod gate;
 mod house;
 mod intake;
 mod keeper;
+mod line_up;
 mod round;
 mod settler;
 mod shares;
 
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use tokio::sync::mpsc;
+use tokio::sync::{Semaphore, mpsc};
 use tower::ServiceExt;
 
 use crate::clock::Clock;
@@ -57,6 +58,10 @@ struct QueuePump {
     rounds: Mutex<Vec<Arc<Round>>>,
     /// Leased and not yet started.
     held: AtomicUsize,
+    /// Whether one was given back because it had waited too long to start.
+    late: AtomicBool,
+    /// Bounds what was delivered and is not yet settled.
+    settling: Semaphore,
     /// What a delivery usually takes, in microseconds; 0 for not known.
     usual: AtomicU64,
 }
@@ -92,6 +97,7 @@ impl QueuePump {
                 }
                 // Not started: stopped meanwhile, or too little of the lease is left to finish.
                 _ => {
+                    self.late.store(!round.closed.is_cancelled(), Ordering::Relaxed);
                     round.tasks.spawn(Arc::clone(&self).give_back(next, Arc::clone(&round)));
                     self.gate.nudge();
                 }
@@ -112,15 +118,19 @@ impl QueuePump {
 
         let outcome = self.deliver(&leased, &setup, &round).await;
         let was_cut = matches!(&outcome, Err(failure) if failure.kind == ErrorKind::Cancelled);
-        let decision = self.judge(&leased, &setup, &outcome);
+        let decision = self.judge(&leased, &setup, started.0, &outcome);
         let record = self.record(&leased, started, &decision.settlement, &outcome);
         self.learn(started.0.elapsed());
-        // The handler is done with it: the next one may start while this one is being written.
+        let Leased { lease, message, .. } = leased;
+        drop(message);
+        // The handler is done with it: the next one may start while this one is being written, as long as
+        // not too many wait for that.
+        let _settling = self.settling.acquire().await;
         drop(slots);
         round.count_ended(was_cut);
 
         let settle = Settle {
-            lease: leased.lease,
+            lease,
             settlement: decision.settlement,
             delivery: Some(record),
             sent: Vec::new(),
@@ -132,12 +142,15 @@ impl QueuePump {
     }
 
     /// Waits for a place behind both gates, as long as enough of the lease is left for the delivery to
-    /// end before it.
+    /// end and be settled before it.
     async fn enter_in_time(&self, next: &Leased, setup: &Setup, round: &Round) -> Option<Slots> {
-        let left = next.lease.left(Instant::now());
-        let patience = left.checked_sub(setup.settings.timeout())?;
-        let entered = tokio::time::timeout(patience, self.enter());
-        round.closed.run_until_cancelled(entered).await?.ok()
+        let (lease, timeout) = (setup.settings.lease(), setup.settings.timeout());
+        let needed = timeout + (lease.saturating_sub(timeout) / 2).min(SETTLE_TIME);
+        let patience = || next.lease.left(Instant::now()).checked_sub(needed);
+        let entered = tokio::time::timeout(patience()?, self.enter());
+        let slots = round.closed.run_until_cancelled(entered).await?.ok()?;
+        // Looked at again: a process that stood still finds both the place and the end of its patience.
+        patience().map(|_| slots)
     }
 
     /// The queue's own gate first, so that a queue that is full waits without holding a place that
@@ -167,9 +180,16 @@ impl QueuePump {
         cut.unwrap_or_else(|| Err(Failure::new(ErrorKind::Cancelled, "the pump was stopped")))
     }
 
-    fn judge(&self, leased: &Leased, setup: &Setup, outcome: &Result<Answer, Failure>) -> Decision {
+    fn judge(
+        &self,
+        leased: &Leased,
+        setup: &Setup,
+        started: Instant,
+        outcome: &Result<Answer, Failure>,
+    ) -> Decision {
         let recovery = &setup.settings.recovery;
-        let age = since(leased.message.head.enqueued_at, self.clock.now());
+        // Two readings of the database's clock and one span of ours, because ours may be wrong.
+        let age = since(leased.message.head.enqueued_at, leased.leased_at) + started.elapsed();
         let chance = self.clock.chance();
         match outcome {
             Ok(answer) => {
@@ -220,6 +240,11 @@ impl QueuePump {
     }
 }
 
+/// How many deliveries of a queue may wait to be settled before no more are started.
+const SETTLEMENTS_WAITING_MAX: usize = 1024;
+/// What is kept of a lease for settling, at most.
+const SETTLE_TIME: Duration = Duration::from_millis(500);
+
 /// How long a message was due before its lease, by the database's clock.
 fn wait(leased: &Leased) -> Duration {
     since(leased.due_at, leased.leased_at)
@@ -255,6 +280,11 @@ impl QueuePump {
             round.tasks.spawn(Arc::clone(self).run(Arc::clone(&round)));
             rounds.push(round);
         }
+    }
+
+    /// Whether something of it has not ended yet.
+    fn is_open(&self) -> bool {
+        self.rounds().iter().any(|round| !round.is_over())
     }
 
     /// Closes what runs, and returns every round that has not ended yet.

@@ -29,10 +29,13 @@ impl QueuePump {
 
     async fn settle_until(&self, settle: Settle, until: Instant) {
         let mut pause = PAUSE_MIN;
+        let mut first = true;
         loop {
             let message = settle.lease.id;
             match self.store.settle(settle.clone()).await {
                 Ok(Settled::Done { age }) => return self.count(&settle, age),
+                // An earlier try may have been written, and only its answer lost.
+                Ok(Settled::LeaseLost) if !first && self.count_if_written(&settle).await => return,
                 Ok(Settled::LeaseLost) => {
                     self.meters.leases_lost.increment(1);
                     tracing::info!(queue = %self.queue, %message, "lease lost; the message comes back");
@@ -40,6 +43,7 @@ impl QueuePump {
                 }
                 Err(error) if error.is_transient() && Instant::now() + pause < until => {
                     tracing::warn!(queue = %self.queue, %message, error = &error as &dyn std::error::Error, "cannot settle; trying again");
+                    first = false;
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(PAUSE_MAX);
                 }
@@ -49,6 +53,22 @@ impl QueuePump {
                 }
             }
         }
+    }
+
+    /// Whether this very attempt stands in the store as it was to be settled; then it is counted.
+    async fn count_if_written(&self, settle: &Settle) -> bool {
+        let Some(record) = &settle.delivery else { return false };
+        let Ok(Some((message, deliveries))) = self.store.message(settle.lease.id).await else {
+            return false;
+        };
+        let written = deliveries
+            .iter()
+            .any(|one| one.number == record.number && one.outcome == record.outcome);
+        if written {
+            let until = message.finished_at.unwrap_or(record.started_at);
+            self.count(settle, super::since(message.head.enqueued_at, until));
+        }
+        written
     }
 
     fn count(&self, settle: &Settle, age: Duration) {

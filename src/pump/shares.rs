@@ -9,10 +9,12 @@ use crate::telemetry::metrics;
 
 use super::QueuePump;
 use super::house::House;
+use super::line_up::ATTEND_EVERY;
 
 /// What came of a report.
 pub(super) struct InForce {
-    /// Whether a share is smaller than it will be once other replicas have given theirs up.
+    /// Whether shares are about to change: one is smaller than it will be once other replicas have given
+    /// theirs up, or this one has something to give up.
     pub(super) waiting: bool,
     /// A number that changes with every change to a queue or the pump.
     pub(super) revision: i64,
@@ -31,7 +33,13 @@ impl House {
             leaving,
         };
         let asked = Instant::now();
-        let attended = self.store.attend(attendance).await?;
+        let late = || store::Error::Unavailable("it did not answer a report in time".into());
+        let attended = tokio::time::timeout(ATTEND_MAX, self.store.attend(attendance));
+        let attended = attended.await.map_err(|_| late())??;
+        if asked.elapsed() > ATTEND_MAX {
+            // This process stood still meanwhile, and what was its share may be somebody else's by now.
+            return Err(late());
+        }
         self.heard(asked);
         count_reaped(&attended.reaped);
         let replicas = attended.replicas.len().max(1);
@@ -39,21 +47,51 @@ impl House {
         for ((pump, want), share) in pumps.iter().zip(&wants).zip(&attended.shares) {
             pump.gate.set_limit(*share);
             pump.meters.limit.set(f64::from(*share));
-            waiting |= (*share as usize) < want.limit as usize / replicas;
+            // It has still to get a share, or to show that it gave one up.
+            waiting |= (*share as usize) < want.limit as usize / replicas
+                || want.shared && *share < want.open;
         }
         self.set_replicas(attended.replicas);
         Ok(InForce { waiting, revision: attended.revision })
     }
 
-    /// Shuts the gates of shared queues when nobody has heard of this process for so long that the others
-    /// have taken its shares over.
-    pub(super) fn shut_shared_gates_if_unheard(&self) {
-        if self.unheard_for() < GOOD_FOR {
-            return;
+    /// Shuts the gates of shared queues at the moment from which the others may take this process for dead
+    /// and its shares for theirs.
+    pub(super) async fn mind_own_silence(self: Arc<Self>) {
+        loop {
+            let left = GOOD_FOR.saturating_sub(self.unheard_for());
+            if left.is_zero() {
+                self.shut_shared_gates();
+            }
+            let wait = tokio::time::sleep(left.max(SILENCE_LOOK));
+            if self.leaving.run_until_cancelled(wait).await.is_none() {
+                return;
+            }
         }
+    }
+
+    fn shut_shared_gates(&self) {
         for pump in self.pumps() {
             if pump.setup().settings.concurrency.scope == Scope::Cluster {
                 pump.gate.set_limit(0);
+            }
+        }
+    }
+
+    /// Does this, and shows meanwhile that this process is alive, so that the others leave it what it has.
+    pub(super) async fn alive_during<T>(&self, work: impl Future<Output = T>) -> T {
+        let mut work = std::pin::pin!(work);
+        loop {
+            let show = async {
+                tokio::time::sleep(ATTEND_EVERY).await;
+                if let Err(error) = self.attend(false).await {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(error, "cannot show that this process is alive");
+                }
+            };
+            tokio::select! {
+                done = &mut work => return done,
+                () = show => (),
             }
         }
     }
@@ -66,7 +104,8 @@ impl QueuePump {
             queue: self.queue.clone(),
             limit: concurrency.limit,
             shared: concurrency.scope == Scope::Cluster,
-            open: self.gate.open(),
+            // Up to its limit more may be opened before the answer is here.
+            open: self.gate.open().max(self.gate.limit()),
         }
     }
 }
@@ -83,5 +122,9 @@ pub(super) fn count_reaped(reaped: &[Reaped]) {
     }
 }
 
+/// How long a report may take.
+const ATTEND_MAX: Duration = Duration::from_secs(4);
+/// How often the gates are shut again while nobody hears of this process.
+const SILENCE_LOOK: Duration = Duration::from_millis(100);
 /// How long a process counts as alive without another sign of life.
 pub(super) const GOOD_FOR: Duration = Duration::from_secs(5);

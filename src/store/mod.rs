@@ -16,6 +16,8 @@
 //! ```
 
 mod news;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod columns;
 mod memory;
 #[cfg(feature = "sqlite")]
 mod sqlite;
@@ -102,6 +104,9 @@ pub trait Store: Debug + Send + Sync + 'static {
     async fn payload(&self, id: MessageId) -> Result<Option<Bytes>>;
 
     /// Messages that match, newest first; see [`Page`].
+    ///
+    /// What of a message cannot be read is left out here and in [`Store::message`], or shown as the nearest
+    /// that can: one bad row hides neither itself nor the others.
     async fn messages(&self, filter: Filter, page: Page) -> Result<Listed>;
 
     /// How many messages of each queue are in each state, without counting them one by one.
@@ -113,10 +118,11 @@ pub trait Store: Debug + Send + Sync + 'static {
     async fn amend(&self, id: MessageId, amendment: Amendment) -> Result<Amended>;
 
     /// Makes dead letters ready again, oldest first, at most `max`: the same ids, attempt numbers that go
-    /// on, budgets of failures and crashes that start anew.
+    /// on, budgets of failures and crashes that start anew. An expiry that has passed is cleared, because
+    /// whoever redrives a message wants it delivered; one that is to come stays.
     async fn redrive(&self, filter: Filter, max: usize) -> Result<Vec<MessageId>>;
 
-    /// Deletes a dead letter, its payload and its history.
+    /// Deletes a dead letter, its payload and its history, also one that cannot be read.
     async fn delete_dead(&self, id: MessageId) -> Result<Amended>;
 
     /// Deletes at most `max` of what waits in a queue; what is leased, dead or done stays, and so do the
@@ -126,6 +132,10 @@ pub trait Store: Debug + Send + Sync + 'static {
     // Queues and the pump
 
     /// All queues, by name.
+    ///
+    /// One that cannot be read (a newer program added a setting, somebody edited the row) is left out, with
+    /// a line in the log: its messages stay, and all other queues go on. Calls that need its settings fail
+    /// with [`Error::Corrupt`].
     async fn queues(&self) -> Result<Vec<QueueRecord>>;
 
     /// One queue.
@@ -165,6 +175,9 @@ pub trait Store: Debug + Send + Sync + 'static {
     fn news(&self) -> &News;
 
     /// Ends what the store runs in the background, after what was promised is written. Twice does no harm.
+    ///
+    /// It does not wait for ever: what a database that says nothing was asked to write may happen or not,
+    /// and nobody was told that it has.
     async fn close(&self);
 }
 
@@ -497,7 +510,7 @@ pub enum Error {
     #[error("the database has no room left")]
     Full(#[source] Cause),
     /// The database cannot be used as it is, and waiting does not help: a wrong URL, a newer schema, a
-    /// file that another process holds, settings that would lose what was acknowledged.
+    /// file that another process holds, a SQLite that can lose what is written.
     #[error("the database cannot be used: {what}")]
     Refused {
         /// What is wrong, and what to do.
@@ -545,4 +558,13 @@ pub async fn open(url: &str, clock: Arc<dyn Clock>) -> Result<Arc<dyn Store>> {
             Err(Error::Refused { what: what.to_owned() })
         }
     }
+}
+
+/// What was refused, and at which place.
+fn refusals(answers: &[Enqueued]) -> Vec<(usize, Refusal)> {
+    let refusal = |(position, answer): (usize, &Enqueued)| match answer {
+        Enqueued::Refused(refusal) => Some((position, refusal.clone())),
+        Enqueued::New(_) | Enqueued::Duplicate(_) => None,
+    };
+    answers.iter().enumerate().filter_map(refusal).collect()
 }

@@ -40,7 +40,10 @@ fn the_picture_of_the_arrows_is_the_truth() {
     for (room, used) in arrows {
         let used = used.into_iter().collect::<Vec<_>>().join(" ");
         let line = format!("{room:<9} → {}", if used.is_empty() { "nothing" } else { &used });
-        assert!(picture.contains(&line), "ARCHITECTURE.md should have the line:\n{line}");
+        assert!(
+            picture.lines().any(|drawn| drawn == line),
+            "ARCHITECTURE.md should have the line:\n{line}"
+        );
     }
 }
 

@@ -11,7 +11,7 @@ use crate::telemetry::metrics::QueueMeters;
 
 use super::Step;
 
-/// Measures what is inside. A delivery that is cut is measured too: its guard is dropped with it.
+/// Measures what is inside. One that is cut is no longer counted as open, and leaves no time behind.
 pub(crate) fn measure<S: Step>(inner: S, meters: Arc<QueueMeters>) -> impl Step {
     service_fn(move |delivery: Delivery| {
         let (inner, meters) = (inner.clone(), Arc::clone(&meters));

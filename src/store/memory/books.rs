@@ -247,6 +247,13 @@ impl Row {
         self.hold = None;
     }
 
+    /// Keeps the record of a delivery. An attempt has one record: the first word counts.
+    pub(super) fn remember(&mut self, delivery: DeliveryRecord) {
+        if self.deliveries.iter().all(|known| known.number != delivery.number) {
+            self.deliveries.push(delivery);
+        }
+    }
+
     fn until(&self) -> Timestamp {
         self.hold.as_ref().map_or(Timestamp::MIN, |hold| hold.until)
     }

@@ -4,7 +4,7 @@ use jiff::Timestamp;
 
 use crate::model::{Head, Idempotency, NewMessage, QueueName, Record, State, Tries, When};
 
-use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal};
+use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal, refusals};
 use super::books::{Books, Key, Row, after, whole_micros};
 
 impl Books {
@@ -142,12 +142,4 @@ fn row(message: NewMessage, now: Timestamp) -> Row {
     };
     let body = message.body;
     Row { record, body, receipt, deliveries: Vec::new(), urgent: false, hold: None }
-}
-
-fn refusals(answers: &[Enqueued]) -> Vec<(usize, Refusal)> {
-    let refusal = |(position, answer): (usize, &Enqueued)| match answer {
-        Enqueued::Refused(refusal) => Some((position, refusal.clone())),
-        Enqueued::New(_) | Enqueued::Duplicate(_) => None,
-    };
-    answers.iter().enumerate().filter_map(refusal).collect()
 }

@@ -18,7 +18,7 @@ impl Books {
         }
         self.change(lease.seq, |row| {
             row.settle(settlement, now);
-            row.deliveries.extend(delivery);
+            delivery.into_iter().for_each(|delivery| row.remember(delivery));
         });
         Ok(Settled::Done { age })
     }

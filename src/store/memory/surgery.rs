@@ -78,6 +78,10 @@ impl Row {
         self.record.tries.crashes = 0;
         self.record.reason = None;
         self.record.finished_at = None;
+        // Whoever redrives a message wants it delivered, and not expired by the next sweep.
+        if self.is_expired(now) {
+            self.record.head.expires_at = None;
+        }
         self.wait(now, now);
         self.record.head.id
     }

@@ -96,7 +96,7 @@ impl Row {
     fn lose_its_lease(&mut self, crashes_max: u32, now: Timestamp) {
         let Some(hold) = self.hold.take() else { return };
         self.record.tries.crashes += 1;
-        self.deliveries.push(lost_delivery(self.record.tries.attempts, hold, now));
+        self.remember(lost_delivery(self.record.tries.attempts, hold, now));
         let crashes = self.record.tries.crashes;
         if crashes < crashes_max {
             return self.wait(now, now);

@@ -126,11 +126,11 @@ const TAKE_BACK: &str = take_back!(
 pub(super) const STATEMENTS: &[&str] =
     &[ENTER, REPORT, LEAVE, FORGET_DEAD, ALIVE, GIVE_UP_SHARES, TAKEN, TAKE, REVISION, TAKE_BACK];
 
-pub(super) async fn attend(house: &Postgres, attendance: Attendance) -> Result<Attended> {
+pub(super) async fn attend(store: &Postgres, attendance: Attendance) -> Result<Attended> {
     // Before it is written, so that no lease is taken in the name of an earlier start of this process.
-    house.remember_incarnation(&attendance);
+    store.remember_incarnation(&attendance);
     let leaving = attendance.leaving;
-    let mut attended = house
+    let mut attended = store
         .hands
         .transact(move |connection| {
             let attendance = attendance.clone();
@@ -138,7 +138,7 @@ pub(super) async fn attend(house: &Postgres, attendance: Attendance) -> Result<A
         })
         .await?;
     if !leaving {
-        attended.reaped = take_back_all(house).await?;
+        attended.reaped = take_back_all(store).await?;
     }
     Ok(attended)
 }
@@ -213,10 +213,10 @@ fn target(want: &Want, attendance: &Attendance, replicas: &[ReplicaName]) -> u32
     want.limit / count + u32::from(rank < want.limit % count)
 }
 
-async fn take_back_all(house: &Postgres) -> Result<Vec<Reaped>> {
+async fn take_back_all(store: &Postgres) -> Result<Vec<Reaped>> {
     let mut all = Vec::new();
     loop {
-        let reaped = house
+        let reaped = store
             .hands
             .run(|connection| {
                 Box::pin(async move {
@@ -225,7 +225,7 @@ async fn take_back_all(house: &Postgres) -> Result<Vec<Reaped>> {
                 })
             })
             .await?;
-        house.herald.tell(word(&reaped));
+        store.herald.tell(word(&reaped));
         let last = (reaped.len() as i64) < TAKEN_BACK_MAX;
         all.extend(reaped);
         if last {

@@ -9,12 +9,12 @@ use sqlx::{Connection, PgConnection, query};
 
 use crate::model::{Idempotency, NewMessage, QueueName};
 
-use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal};
-use super::desk::{Batch, Committed};
+use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal, refusals};
 use super::facts::{Care, Facts, Key, KeyName, Known};
 use super::fault::Trouble;
 use super::news::Word;
 use super::rows;
+use super::writer::{Batch, Committed};
 
 /// Calls to [`Store::enqueue`](super::super::Store::enqueue), many in one transaction.
 pub(super) struct Enqueues;
@@ -92,14 +92,6 @@ fn plan_call<'a>(
         plan.remember_batch(queue, key);
     }
     EnqueueOutcome::Done(answers)
-}
-
-fn refusals(answers: &[Enqueued]) -> Vec<(usize, Refusal)> {
-    let refusal = |(position, answer): (usize, &Enqueued)| match answer {
-        Enqueued::Refused(refusal) => Some((position, refusal.clone())),
-        Enqueued::New(_) | Enqueued::Duplicate(_) => None,
-    };
-    answers.iter().enumerate().filter_map(refusal).collect()
 }
 
 /// What is going to be written.

@@ -8,6 +8,8 @@ use sqlx::error::DatabaseError;
 
 use super::super::{Cause, Error};
 
+pub(super) use super::super::columns::unreadable;
+
 /// Why a transaction did not come to its end.
 #[derive(Debug)]
 pub(super) enum Trouble {
@@ -95,11 +97,6 @@ pub(super) fn fault(error: &Arc<sqlx::Error>) -> Error {
         | sqlx::Error::RowNotFound => corrupt("a row is not what was written"),
         _ => Error::Unavailable(cause()),
     }
-}
-
-/// An error for a value in the database that cannot be what this program wrote.
-pub(super) fn unreadable(what: impl Into<String>) -> sqlx::Error {
-    sqlx::Error::Decode(what.into().into())
 }
 
 const SERIALIZATION: &str = "40001";

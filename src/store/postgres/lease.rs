@@ -19,20 +19,43 @@ use super::rows;
 const CLAIM_MAX: usize = 10_000;
 
 /// Claims messages, and another time for those that could not be read.
-pub(super) async fn lease(house: &Postgres, claim: Claim) -> Result<Vec<Leased>> {
+pub(super) async fn lease(store: &Postgres, claim: Claim) -> Result<Vec<Leased>> {
     let mut all = Vec::new();
     // Usually once: again only for what could not be read, and never for more than one claim may take.
     let max = claim.max.min(CLAIM_MAX);
     while all.len() < max {
         let rest = Claim { max: max - all.len(), ..claim.clone() };
-        let Claimed { leased, unreadable } = claim_once(house, rest).await?;
-        all.extend(leased);
-        if unreadable.is_empty() {
-            break;
+        match claim_and_bury(store, rest, &mut all).await {
+            Ok(More::Perhaps) => (),
+            Ok(More::No) => break,
+            // What is held by now is handed over, because nobody else knows that it is.
+            Err(error) if !all.is_empty() => {
+                let (queue, held) = (&claim.queue, all.len());
+                tracing::warn!(%queue, %error, held, "a claim ended early; what it has taken goes on");
+                break;
+            }
+            Err(error) => return Err(error),
         }
-        bury(house, &claim.queue, unreadable).await?;
     }
     Ok(all)
+}
+
+/// Whether a claim is worth repeating.
+enum More {
+    Perhaps,
+    No,
+}
+
+/// Claims once, and adds to `all` what could be read, before what could not is made a dead letter.
+async fn claim_and_bury(store: &Postgres, claim: Claim, all: &mut Vec<Leased>) -> Result<More> {
+    let queue = claim.queue.clone();
+    let Claimed { leased, unreadable } = claim_once(store, claim).await?;
+    all.extend(leased);
+    if unreadable.is_empty() {
+        return Ok(More::No);
+    }
+    bury(store, &queue, unreadable).await?;
+    Ok(More::Perhaps)
 }
 
 /// What one claim has brought.
@@ -86,7 +109,7 @@ select leased.seq, leased.token, leased.attempt as attempts, leased.leased_at, m
     content.kind, content.correlation_id, content.details, content.body
 from leased
 cross join lateral (select * from message where message.seq = leased.seq limit 1) as message
-cross join lateral (select * from content where content.seq = leased.seq limit 1) as content"
+left join lateral (select * from content where content.seq = leased.seq limit 1) as content on true"
         )
     };
 }
@@ -112,37 +135,40 @@ insert into dead (seq, finished_at, queue_id)
 select seq, finished_at, queue_id
 from moved";
 
-// Lives on: the primary keys of lease and queue. Comes to the leases in the order of their numbers.
+// Lives on: the primary keys of lease and queue. Comes to the leases in the order of their numbers, and
+// writes them by number and token: the place of a row (ctid) is another one after a wait for its lock.
 const RENEW: &str = "\
-update lease
-set until = now_micros() + $3
-where ctid = any(array(
-    select held.tid
+with held as (
+    select found.seq, found.token
     from unnest($1::bigint[], $2::bigint[]) as given (seq, token)
     cross join lateral (
-        select lease.ctid as tid
+        select lease.seq, lease.token
         from lease
         where lease.seq = given.seq
             and lease.token = given.token
             and lease.until > now_micros()
             and exists (select 1 from queue where queue.id = lease.queue_id)
         for update
-    ) as held
-))
+    ) as found
+)
+update lease
+set until = now_micros() + $3
+where seq = any(array(select seq from held))
+    and token = any(array(select token from held))
 returning seq, token";
 
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] = &[CLAIM, CLAIM_URGENT, BURY, RENEW];
 
-/// Claims with one statement. The claim need not be on the disk: if the server crashes and forgets it,
-/// the message is ready again, and nobody can settle with the forgotten token, because it is random.
-async fn claim_once(house: &Postgres, claim: Claim) -> Result<Claimed> {
+/// Claims with one statement, which is on the disk when it returns: a claim that a server forgot in a crash
+/// could not be settled, because its token is random, but the number of its attempt would come again.
+async fn claim_once(store: &Postgres, claim: Claim) -> Result<Claimed> {
     // Before the statement is sent, so that the holder lets go too early rather than too late.
     let asked = Instant::now();
     let until = asked + claim.duration;
     let tokens = (0..claim.max).map(|_| new_token()).collect::<Vec<_>>();
-    let incarnation = house.incarnation(&claim.replica);
-    let claimed = house.claims.run(move |connection: &mut PgConnection| {
+    let incarnation = store.incarnation(&claim.replica);
+    let claimed = store.claims.run(move |connection: &mut PgConnection| {
         let (claim, tokens) = (claim.clone(), tokens.clone());
         Box::pin(async move {
             let statement = if claim.urgent_only { CLAIM_URGENT } else { CLAIM };
@@ -204,12 +230,12 @@ fn leased(row: &PgRow, queue: &QueueName, lease: Lease) -> sqlx::Result<Leased> 
 }
 
 /// Makes dead letters of messages that cannot be read.
-async fn bury(house: &Postgres, queue: &QueueName, broken: Vec<(Lease, String)>) -> Result<()> {
+async fn bury(store: &Postgres, queue: &QueueName, broken: Vec<(Lease, String)>) -> Result<()> {
     let unreadable = vec![queue.clone(); broken.len()];
     for (lease, reason) in &broken {
         log(lease.id, queue, reason);
     }
-    house
+    store
         .hands
         .run(move |connection: &mut PgConnection| {
             let broken = broken.clone();
@@ -222,7 +248,7 @@ async fn bury(house: &Postgres, queue: &QueueName, broken: Vec<(Lease, String)>)
             })
         })
         .await?;
-    house.herald.tell(Word { unreadable, ..Default::default() });
+    store.herald.tell(Word { unreadable, ..Default::default() });
     Ok(())
 }
 
@@ -232,13 +258,13 @@ fn log(message: MessageId, queue: &QueueName, reason: &str) {
 
 /// Prolongs what is still held.
 pub(super) async fn renew(
-    house: &Postgres,
+    store: &Postgres,
     leases: Vec<Lease>,
     duration: Duration,
 ) -> Result<Vec<bool>> {
     let mut held = leases.iter().map(|lease| (lease.seq, lease.token.0)).collect::<Vec<_>>();
     held.sort_unstable();
-    let renewed = house.claims.run(move |connection: &mut PgConnection| {
+    let renewed = store.claims.run(move |connection: &mut PgConnection| {
         let (seqs, tokens): (Vec<_>, Vec<_>) = held.iter().copied().unzip();
         Box::pin(async move {
             let renew = query(RENEW).bind(seqs).bind(tokens).bind(rows::span(duration));

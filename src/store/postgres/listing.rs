@@ -159,10 +159,10 @@ pub(super) const STATEMENTS: &[&str] = &[
 ];
 
 pub(super) async fn message(
-    house: &Postgres,
+    store: &Postgres,
     id: MessageId,
 ) -> Result<Option<(Record, Vec<DeliveryRecord>)>> {
-    house.hands.run(move |connection| Box::pin(find(connection, id))).await
+    store.hands.run(move |connection| Box::pin(find(connection, id))).await
 }
 
 async fn find(
@@ -173,12 +173,13 @@ async fn find(
     let Some(row) = row else { return Ok(None) };
     let seq: i64 = row.try_get("seq")?;
     let deliveries = query(DELIVERIES).bind(seq).fetch_all(connection).await?;
-    let deliveries = deliveries.iter().map(delivery).collect::<sqlx::Result<_>>()?;
+    // One that cannot be read does not hide the others.
+    let deliveries = deliveries.iter().filter_map(|row| delivery(row).ok()).collect();
     Ok(Some((rows::record(&row)?, deliveries)))
 }
 
-pub(super) async fn payload(house: &Postgres, id: MessageId) -> Result<Option<Bytes>> {
-    house
+pub(super) async fn payload(store: &Postgres, id: MessageId) -> Result<Option<Bytes>> {
+    store
         .hands
         .run(move |connection| {
             Box::pin(async move {
@@ -190,8 +191,8 @@ pub(super) async fn payload(house: &Postgres, id: MessageId) -> Result<Option<By
         .await
 }
 
-pub(super) async fn messages(house: &Postgres, filter: Filter, page: Page) -> Result<Listed> {
-    house
+pub(super) async fn messages(store: &Postgres, filter: Filter, page: Page) -> Result<Listed> {
+    store
         .hands
         .run(move |connection| {
             let filter = filter.clone();
@@ -227,10 +228,10 @@ async fn list(
         .bind(limit as i64)
         .fetch_all(connection)
         .await?;
-    let items = found.iter().map(rows::record).collect::<sqlx::Result<Vec<_>>>()?;
+    let items = rows::shown(&found);
     let last: Option<i64> = found.last().map(|row| row.try_get("seq")).transpose()?;
     let next = match last {
-        Some(last) if items.len() >= limit => {
+        Some(last) if found.len() >= limit => {
             let more = edge.more || named > limit || edge.last.is_some_and(|edge| edge < last);
             more.then_some(last)
         }
@@ -273,8 +274,8 @@ async fn look_down(
     Ok(Edge { last: row.try_get("seq")?, more: row.try_get::<i64, _>("n")? >= ROWS_LOOKED_AT_MAX })
 }
 
-pub(super) async fn depths(house: &Postgres) -> Result<Vec<Depth>> {
-    house.hands.run(|connection| Box::pin(count(connection))).await
+pub(super) async fn depths(store: &Postgres) -> Result<Vec<Depth>> {
+    store.hands.run(|connection| Box::pin(count(connection))).await
 }
 
 async fn count(connection: &mut PgConnection) -> Result<Vec<Depth>, Trouble> {
@@ -284,6 +285,8 @@ async fn count(connection: &mut PgConnection) -> Result<Vec<Depth>, Trouble> {
     }
     let mut depths = Vec::new();
     for row in query(OLDEST).fetch_all(connection).await? {
+        // A queue without a name that can be said is left out here, as in the list of queues.
+        let Ok(queue) = rows::queue_name(row.try_get("name")?) else { continue };
         let id: i32 = row.try_get("id")?;
         let count = |state: State| {
             let n = counts.get(&(id, state.code())).copied().unwrap_or(0);
@@ -291,7 +294,7 @@ async fn count(connection: &mut PgConnection) -> Result<Vec<Depth>, Trouble> {
         };
         let age: Option<i64> = row.try_get("age")?;
         depths.push(Depth {
-            queue: rows::queue_name(row.try_get("name")?)?,
+            queue,
             ready: count(State::Ready),
             scheduled: count(State::Scheduled),
             leased: count(State::Leased),

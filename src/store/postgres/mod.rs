@@ -1,7 +1,7 @@
 //! The store for several replicas: one Postgres database, version 10 or newer.
 //!
 //! How a message lives in tables is told in `migrations/postgres/0001_house.sql`; here is how they are
-//! reached. Messages coming in, and settlements, share transactions ([`desk`]); claims are one statement
+//! reached. Messages coming in, and settlements, share transactions ([`writer`]); claims are one statement
 //! each; everything else is a transaction of its own ([`transact`]). The database's clock is the only
 //! clock. It keeps no copy of anything that stands in the database.
 //!
@@ -10,7 +10,7 @@
 mod fault;
 mod rows;
 mod transact;
-mod desk;
+mod writer;
 mod news;
 mod open;
 mod enqueue;
@@ -30,6 +30,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
@@ -43,21 +44,23 @@ use super::{
     Filter, Listed, News, Page, Precondition, Promoted, PumpRecord, PutQueue, Reaped, Result,
     Settle, Settled, Store, Swept,
 };
-use desk::Desk;
 use enqueue::Enqueues;
 use news::Herald;
 use settle::Settles;
 use transact::Hands;
+use writer::Writer;
+
+/// How long closing waits for a database that says nothing. Less than a process has after SIGTERM.
+const CLOSE_MAX: Duration = Duration::from_secs(5);
 
 /// A store in a Postgres database, to be shared with other replicas.
 #[derive(Debug)]
 pub struct Postgres {
-    /// For everything that must be on the disk when it returns.
     hands: Hands,
-    /// For claims, which need not be: see [`lease`].
+    /// Connections for claims alone, so that they wait for nothing that takes longer.
     claims: Hands,
-    enqueues: Desk<Enqueues>,
-    settles: Desk<Settles>,
+    enqueues: Writer<Enqueues>,
+    settles: Writer<Settles>,
     herald: Arc<Herald>,
     /// By which start of a process leases are taken, for each that has reported itself here.
     incarnations: Mutex<HashMap<ReplicaName, i64>>,
@@ -69,7 +72,9 @@ pub struct Postgres {
 impl Postgres {
     /// Opens the database that the URL names, and brings its schema up to date.
     ///
-    /// **Fails** where it cannot be reached, and where its schema is newer than this program.
+    /// **Fails** where it cannot be reached, and where its schema is newer than this program. Where the
+    /// server is set so that a crash of its machine can lose what was acknowledged (`fsync=off`,
+    /// `full_page_writes=off`), a warning is logged, and it is used all the same: its owner has chosen so.
     pub async fn open(url: &str) -> Result<Self> {
         let options = open::prepare(url).await?;
         Ok(Self::over(options))
@@ -89,8 +94,8 @@ impl Postgres {
         tasks.spawn(herald.clone().listen(options.durable.clone(), stop.clone()));
         let durable = || options.durable.clone();
         Self {
-            enqueues: Desk::open(&tasks, durable(), herald.clone(), stop.clone()),
-            settles: Desk::open(&tasks, durable(), herald.clone(), stop.clone()),
+            enqueues: Writer::open(&tasks, durable(), herald.clone(), stop.clone()),
+            settles: Writer::open(&tasks, durable(), herald.clone(), stop.clone()),
             hands: Hands { pool: open::pool(durable(), 8), tasks: tasks.clone() },
             // Durable too: a number of an attempt that the server forgot in a crash would come again.
             claims: Hands { pool: open::pool(durable(), 4), tasks },
@@ -254,8 +259,17 @@ impl Store for Postgres {
     async fn close(&self) {
         self.stop.cancel();
         self.hands.tasks.close();
-        self.hands.tasks.wait().await;
-        self.hands.pool.close().await;
-        self.claims.pool.close().await;
+        let written = async {
+            self.hands.tasks.wait().await;
+            self.hands.pool.close().await;
+            self.claims.pool.close().await;
+        };
+        if timeout(CLOSE_MAX, written).await.is_err() {
+            tracing::warn!(
+                "the database says nothing; closed without hearing what became of the last writes"
+            );
+            // From here on nobody gets a connection; those that are in use end with their tasks.
+            drop((self.hands.pool.close(), self.claims.pool.close()));
+        }
     }
 }

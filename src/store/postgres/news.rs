@@ -19,7 +19,8 @@ use crate::model::QueueName;
 use crate::telemetry::metrics;
 
 use super::super::News;
-use super::transact::Line;
+use super::fault::Trouble;
+use super::transact::{Line, answered};
 
 /// How long news gathers before it is sent.
 const PAUSE: Duration = Duration::from_millis(20);
@@ -162,7 +163,7 @@ impl Herald {
         while stop.run_until_cancelled(self.something.notified()).await.is_some() {
             for letter in self.take_unsent().letters(&self.name) {
                 // What cannot be sent is forgotten: the others look by themselves.
-                if send(&mut line, &letter).await.is_err() {
+                if answered(send(&mut line, &letter)).await.is_err() {
                     line.hang_up();
                     stop.run_until_cancelled(tokio::time::sleep(BACKOFF)).await;
                 }
@@ -187,8 +188,9 @@ impl Herald {
                 tokio::time::sleep(BACKOFF).await;
             }
         };
+        // The pool is dropped and not closed: the listener takes leave of the server in a task of its own
+        // (`unlisten`), and closing would wait for that, with a server that says nothing for ever.
         stop.run_until_cancelled(hear).await;
-        pool.close().await;
     }
 
     async fn hear(&self, pool: &sqlx::PgPool) -> sqlx::Result<()> {
@@ -214,8 +216,10 @@ impl Herald {
     }
 }
 
-async fn send(line: &mut Line, letter: &str) -> sqlx::Result<()> {
-    query(NOTIFY).bind(CHANNEL).bind(letter).execute(line.connection().await?).await.map(drop)
+async fn send(line: &mut Line, letter: &str) -> Result<(), Trouble> {
+    let connection = line.connection().await?;
+    query(NOTIFY).bind(CHANNEL).bind(letter).execute(connection).await?;
+    Ok(())
 }
 
 #[cfg(test)]

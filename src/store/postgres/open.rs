@@ -45,6 +45,7 @@ pub(super) struct Options {
 const SERVER: &str = "\
 select current_setting('server_version_num')::integer as version,
     current_setting('fsync') as fsync,
+    current_setting('full_page_writes') as full_page_writes,
     current_setting('synchronous_commit') as synchronous_commit";
 
 // Made first, because the table of migrations lies in it as well.
@@ -90,6 +91,7 @@ pub(super) async fn prepare(url: &str) -> Result<Options> {
 struct Server {
     version: i32,
     fsync: String,
+    full_page_writes: String,
     synchronous_commit: String,
 }
 
@@ -99,6 +101,7 @@ impl Server {
         Ok(Self {
             version: row.try_get("version")?,
             fsync: row.try_get("fsync")?,
+            full_page_writes: row.try_get("full_page_writes")?,
             synchronous_commit: row.try_get("synchronous_commit")?,
         })
     }
@@ -107,6 +110,12 @@ impl Server {
         if self.fsync == "off" {
             tracing::warn!(
                 "the database runs with fsync=off: a crash of its machine loses what was acknowledged"
+            );
+        }
+        if self.full_page_writes == "off" {
+            tracing::warn!(
+                "the database runs with full_page_writes=off: a crash of its machine can tear pages \
+                 that hold what was acknowledged, unless its file system never does"
             );
         }
     }
@@ -161,8 +170,8 @@ pub(super) fn pool(options: PgConnectOptions, max: u32) -> PgPool {
 }
 
 /// Whether the database answers, can be written, and has the schema this program knows.
-pub(super) async fn check(house: &Postgres) -> Result<()> {
-    house
+pub(super) async fn check(store: &Postgres) -> Result<()> {
+    store
         .hands
         .run(|connection| {
             Box::pin(async move {

@@ -121,21 +121,21 @@ pub(super) const STATEMENTS: &[&str] = &[
     COUNT_REVISION,
 ];
 
-pub(super) async fn queues(house: &Postgres) -> Result<Vec<QueueRecord>> {
-    house
+pub(super) async fn queues(store: &Postgres) -> Result<Vec<QueueRecord>> {
+    store
         .hands
         .run(|connection: &mut PgConnection| {
             Box::pin(async move {
                 let rows = query(QUEUES).fetch_all(connection).await?;
-                Ok(rows.iter().map(record).collect::<sqlx::Result<_>>()?)
+                Ok(rows.iter().filter_map(readable).collect())
             })
         })
         .await
 }
 
-pub(super) async fn queue(house: &Postgres, name: &QueueName) -> Result<Option<QueueRecord>> {
+pub(super) async fn queue(store: &Postgres, name: &QueueName) -> Result<Option<QueueRecord>> {
     let name = name.clone();
-    house
+    store
         .hands
         .run(move |connection: &mut PgConnection| {
             let name = name.clone();
@@ -148,13 +148,13 @@ pub(super) async fn queue(house: &Postgres, name: &QueueName) -> Result<Option<Q
 }
 
 pub(super) async fn put_queue(
-    house: &Postgres,
+    store: &Postgres,
     name: &QueueName,
     settings: QueueSettings,
     precondition: Precondition,
 ) -> Result<PutQueue> {
     let name = name.clone();
-    let done = house
+    let done = store
         .hands
         .transact(move |connection: &mut PgConnection| {
             let (name, settings, precondition) =
@@ -163,7 +163,7 @@ pub(super) async fn put_queue(
         })
         .await?;
     if done != PutQueue::PreconditionFailed {
-        house.herald.tell(Word::of_settings());
+        store.herald.tell(Word::of_settings());
     }
     Ok(done)
 }
@@ -199,13 +199,13 @@ async fn put(
 }
 
 pub(super) async fn delete_queue(
-    house: &Postgres,
+    store: &Postgres,
     name: &QueueName,
     force: bool,
     precondition: Precondition,
 ) -> Result<DeleteQueue> {
     let name = name.clone();
-    let done = house
+    let done = store
         .hands
         .transact(move |connection: &mut PgConnection| {
             let (name, precondition) = (name.clone(), precondition.clone());
@@ -213,7 +213,7 @@ pub(super) async fn delete_queue(
         })
         .await?;
     if done == DeleteQueue::Deleted {
-        house.herald.tell(Word::of_settings());
+        store.herald.tell(Word::of_settings());
     }
     Ok(done)
 }
@@ -241,12 +241,12 @@ async fn delete(
 }
 
 pub(super) async fn set_run_state(
-    house: &Postgres,
+    store: &Postgres,
     queue: Option<&QueueName>,
     state: RunState,
 ) -> Result<bool> {
     let queue = queue.cloned();
-    let known = house
+    let known = store
         .hands
         .transact(move |connection: &mut PgConnection| {
             let (queue, state) = (queue.clone(), json(&state));
@@ -264,13 +264,13 @@ pub(super) async fn set_run_state(
         })
         .await?;
     if known {
-        house.herald.tell(Word::of_settings());
+        store.herald.tell(Word::of_settings());
     }
     Ok(known)
 }
 
-pub(super) async fn pump(house: &Postgres) -> Result<PumpRecord> {
-    house
+pub(super) async fn pump(store: &Postgres) -> Result<PumpRecord> {
+    store
         .hands
         .run(|connection: &mut PgConnection| {
             Box::pin(async move {
@@ -282,8 +282,8 @@ pub(super) async fn pump(house: &Postgres) -> Result<PumpRecord> {
         .await
 }
 
-pub(super) async fn set_ceiling(house: &Postgres, ceiling: u32) -> Result<()> {
-    house
+pub(super) async fn set_ceiling(store: &Postgres, ceiling: u32) -> Result<()> {
+    store
         .hands
         .transact(move |connection: &mut PgConnection| {
             Box::pin(async move {
@@ -294,8 +294,19 @@ pub(super) async fn set_ceiling(house: &Postgres, ceiling: u32) -> Result<()> {
             })
         })
         .await?;
-    house.herald.tell(Word::of_settings());
+    store.herald.tell(Word::of_settings());
     Ok(())
+}
+
+/// A queue, unless it cannot be read: one of them must not stop all the others.
+fn readable(row: &PgRow) -> Option<QueueRecord> {
+    let record = record(row);
+    record
+        .inspect_err(|error| {
+            let queue = row.try_get::<&str, _>("name").unwrap_or_default();
+            tracing::error!(%queue, %error, "a queue is left alone, because it cannot be read");
+        })
+        .ok()
 }
 
 fn record(row: &PgRow) -> sqlx::Result<QueueRecord> {

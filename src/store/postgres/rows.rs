@@ -1,59 +1,15 @@
 //! Values on their way into rows and out of them. No statement is run here.
 
-use std::time::Duration;
-
-use jiff::Timestamp;
 use sqlx::Row;
 use sqlx::postgres::PgRow;
 
-use crate::model::{Details, Head, MessageId, QueueName, Record, State, Tries, When};
+use crate::model::{Details, Head, MessageId, QueueName, Record, State, Tries};
 
-use super::fault::unreadable;
+use super::super::columns::{self, nearest_moment, nearest_priority, unreadable};
 
-/// A moment as it stands in a row: whole microseconds.
-pub(super) fn micros(moment: Timestamp) -> i64 {
-    moment.as_microsecond()
-}
-
-/// A duration as it stands in a row, at most a thousand years: it can be added to any time of day.
-pub(super) fn span(duration: Duration) -> i64 {
-    const LONGEST: i64 = 1000 * 366 * 86_400 * 1_000_000;
-    i64::try_from(duration.as_micros()).unwrap_or(LONGEST).min(LONGEST)
-}
-
-/// So long after a moment.
-pub(super) fn after(moment: i64, wait: Duration) -> i64 {
-    moment.saturating_add(span(wait)).min(micros(Timestamp::MAX))
-}
-
-/// A difference of two moments; nothing for one that is to come.
-pub(super) fn elapsed(micros: i64) -> Duration {
-    Duration::from_micros(u64::try_from(micros).unwrap_or(0))
-}
-
-/// The moment that is meant by something said at `now`. What has passed counts as now.
-pub(super) fn resolve(when: When, now: i64) -> i64 {
-    match when {
-        When::Now => now,
-        When::In(wait) => after(now, wait),
-        When::At(moment) => micros(moment).max(now),
-    }
-}
-
-/// Whether a message that is due then is ready, or scheduled.
-pub(super) fn waiting_state(due_at: i64, now: i64) -> State {
-    if due_at <= now { State::Ready } else { State::Scheduled }
-}
-
-/// Reads a moment.
-pub(super) fn moment(micros: i64) -> sqlx::Result<Timestamp> {
-    Timestamp::from_microsecond(micros).map_err(|_| unreadable("a time is out of range"))
-}
-
-/// Reads a moment that may be missing.
-pub(super) fn maybe_moment(micros: Option<i64>) -> sqlx::Result<Option<Timestamp>> {
-    micros.map(moment).transpose()
-}
+pub(super) use super::super::columns::{
+    elapsed, maybe_moment, micros, moment, queue_name, resolve, span, waiting_state,
+};
 
 /// Reads a message's name.
 pub(super) fn message_id(row: &PgRow) -> sqlx::Result<MessageId> {
@@ -62,12 +18,7 @@ pub(super) fn message_id(row: &PgRow) -> sqlx::Result<MessageId> {
 
 /// Reads a state.
 pub(super) fn state(code: i16) -> sqlx::Result<State> {
-    State::from_code(code.into()).ok_or_else(|| unreadable(format!("there is no state {code}")))
-}
-
-/// Reads a queue's name.
-pub(super) fn queue_name(text: &str) -> sqlx::Result<QueueName> {
-    QueueName::parse(text).map_err(|_| unreadable("a queue's name is no name"))
+    columns::state(code.into())
 }
 
 /// Reads a count, which is never negative.
@@ -88,7 +39,8 @@ pub(super) fn tries(row: &PgRow) -> sqlx::Result<Tries> {
 /// Reads what never changes of a message, with the details as they stand there.
 pub(super) fn head(row: &PgRow, queue: QueueName, details: Details) -> sqlx::Result<Head> {
     let rank: i16 = row.try_get("rank")?;
-    let priority = i8::try_from(-rank).map_err(|_| unreadable("a priority is out of range"))?;
+    let priority = rank.checked_neg().and_then(|priority| i8::try_from(priority).ok());
+    let priority = priority.ok_or_else(|| unreadable("a priority is out of range"))?;
     Ok(Head {
         id: message_id(row)?,
         queue,
@@ -116,12 +68,12 @@ from (",
             ") as found
 cross join lateral (select * from message where message.seq = found.seq limit 1) as message
 join queue on queue.id = message.queue_id
-cross join lateral (
+left join lateral (
     select kind, correlation_id, details
     from content
     where content.seq = found.seq
     limit 1
-) as content
+) as content on true
 left join lateral (
     select attempt
     from lease
@@ -149,20 +101,46 @@ cross join lateral (
 
 pub(super) use records;
 
-/// Reads a message without its payload. Details that cannot be read are left out here, because looking
-/// at a message is how a person finds out; its lease makes it a dead letter.
+/// Reads a message without its payload, as far as it can be read: looking at a message is how a person
+/// finds out what is wrong with it, while its lease makes it a dead letter. What is missing or unreadable
+/// is left out, and what is out of range is shown as the nearest that is not.
 pub(super) fn record(row: &PgRow) -> sqlx::Result<Record> {
-    let queue = queue_name(row.try_get("queue")?)?;
-    let details: &str = row.try_get("details")?;
-    let details = serde_json::from_str(details).unwrap_or_default();
+    let text = |column| row.try_get::<Option<String>, _>(column).unwrap_or_default();
+    let count = |column| -> sqlx::Result<u32> {
+        Ok(u32::try_from(row.try_get::<i32, _>(column)?).unwrap_or(0))
+    };
+    let details = text("details").and_then(|details| serde_json::from_str(&details).ok());
     let size: i64 = row.try_get("size")?;
     Ok(Record {
-        head: head(row, queue, details)?,
+        head: Head {
+            id: message_id(row)?,
+            queue: queue_name(row.try_get("queue")?)?,
+            kind: text("kind"),
+            correlation_id: text("correlation_id"),
+            details: details.unwrap_or_default(),
+            priority: nearest_priority(row.try_get::<i16, _>("rank")?.into()),
+            enqueued_at: nearest_moment(row.try_get("enqueued_at")?),
+            expires_at: row.try_get::<Option<i64>, _>("expires_at")?.map(nearest_moment),
+        },
         state: state(row.try_get("state")?)?,
-        deliver_at: moment(row.try_get("due_at")?)?,
-        finished_at: maybe_moment(row.try_get("finished_at")?)?,
-        tries: tries(row)?,
-        reason: row.try_get("reason")?,
+        deliver_at: nearest_moment(row.try_get("due_at")?),
+        finished_at: row.try_get::<Option<i64>, _>("finished_at")?.map(nearest_moment),
+        tries: Tries {
+            attempts: count("attempts")?,
+            failures: count("failures")?,
+            crashes: count("crashes")?,
+        },
+        reason: text("reason"),
         size: u64::try_from(size).unwrap_or(0),
     })
+}
+
+/// The messages of a list. One that cannot be shown at all does not hide the others.
+pub(super) fn shown(rows: &[PgRow]) -> Vec<Record> {
+    let show = |row| {
+        record(row).inspect_err(|error| {
+            tracing::error!(%error, "a message is left out of a list, because it cannot be read");
+        })
+    };
+    rows.iter().filter_map(|row| show(row).ok()).collect()
 }

@@ -13,12 +13,12 @@ use sqlx::{Connection, PgConnection, Row, query};
 use crate::model::{DeliveryRecord, NewMessage, Settlement, State};
 
 use super::super::{Enqueued, Error, Settle, Settled};
-use super::desk::{Batch, Committed};
 use super::enqueue::Plan;
 use super::facts::{Care, Facts};
 use super::fault::Trouble;
 use super::news::Word;
 use super::rows;
+use super::writer::{Batch, Committed};
 
 /// Calls to [`Store::settle`](super::super::Store::settle), many in one transaction.
 pub(super) struct Settles;
@@ -86,13 +86,15 @@ async fn settle_and_send(
 // of delivery. Comes to the leases in the order of their messages' numbers.
 //
 // Each lease is looked up by itself (lateral), and each message by its place in a list, so that there is
-// no order of joining that could be chosen wrongly: see `open`.
+// no order of joining that could be chosen wrongly: see `open`. A lease that was renewed while we waited
+// for its lock stands at another place (ctid) than this statement's snapshot knows; so it is deleted by
+// number and token, and nothing is written but for leases that were deleted.
 const SETTLE: &str = "\
 with clock as (
     select now_micros() as now
 ),
 fenced as (
-    select given.*, held.tid, held.attempt
+    select given.*, held.attempt
     from unnest(
             $1::bigint[], $2::bigint[], $3::smallint[], $4::integer[], $5::bigint[], $6::text[],
             $7::integer[], $8::text[], $9::bigint[], $10::bigint[], $11::text[],
@@ -103,7 +105,7 @@ fenced as (
             status, error_kind, error, answer
         )
     cross join lateral (
-        select lease.ctid as tid, lease.attempt
+        select lease.attempt
         from lease
         where lease.seq = given.seq
             and lease.token = given.token
@@ -121,7 +123,9 @@ listed as (
 ),
 gone as (
     delete from lease
-    where ctid = any(array(select tid from fenced))
+    where seq = any(array(select seq from fenced))
+        and token = any(array(select token from fenced))
+    returning seq
 ),
 moved as (
     update message
@@ -139,7 +143,7 @@ moved as (
             then (select now from clock)
         end,
         reason = (select reasons from listed)[array_position((select seqs from listed), seq)]
-    where seq = any((select seqs from listed)::bigint[])
+    where seq = any(array(select seq from gone))
     returning seq, queue_id, state, rank, due_at, expires_at, enqueued_at,
         (select now from clock) as now
 ),
@@ -174,6 +178,7 @@ recorded as (
     select seq, number, replica, started_at, duration, outcome, status, error_kind, error, answer
     from fenced
     where number is not null
+        and seq = any(array(select seq from gone))
     on conflict (seq, number) do nothing
 )
 select seq, (select tokens from listed)[array_position((select seqs from listed), seq)] as token,
@@ -206,7 +211,7 @@ async fn write(connection: &mut PgConnection, calls: &[&Settle]) -> Committed<Se
 
 fn tell(word: &mut Word, row: &PgRow) -> sqlx::Result<()> {
     let ready: Option<&str> = row.try_get("ready")?;
-    word.ready.extend(ready.map(rows::queue_name).transpose()?);
+    word.ready.extend(ready.and_then(|name| rows::queue_name(name).ok()));
     word.schedule |= row.try_get::<bool, _>("scheduled")?;
     Ok(())
 }

@@ -80,7 +80,7 @@ taken as (
         from dead
         cross join lateral (select * from message where message.seq = dead.seq limit 1) as message
         join queue on queue.id = message.queue_id
-        cross join lateral (select * from content where content.seq = dead.seq limit 1) as content
+        left join lateral (select * from content where content.seq = dead.seq limit 1) as content on true
         where ($1::text is null or queue.name = $1)
             and ($2::text is null or content.kind = $2)
             and ($3::text is null or content.correlation_id = $3)
@@ -98,7 +98,8 @@ taken as (
 moved as (
     update message
     set state = 0, failures = 0, crashes = 0, finished_at = null, reason = null,
-        due_at = (select now from clock)
+        due_at = (select now from clock),
+        expires_at = case when expires_at > (select now from clock) then expires_at end
     where seq = any(array(select seq from taken))
     returning seq, id, queue_id, rank, due_at, expires_at
 ),
@@ -228,14 +229,14 @@ pub(super) const STATEMENTS: &[&str] = &[
 const LOOKS: usize = 20;
 
 pub(super) async fn amend(
-    house: &Postgres,
+    store: &Postgres,
     id: MessageId,
     amendment: Amendment,
 ) -> Result<Amended> {
     let amended =
-        house.hands.transact(move |connection| Box::pin(change(connection, id, amendment))).await?;
+        store.hands.transact(move |connection| Box::pin(change(connection, id, amendment))).await?;
     if let Amended::Done(record) = &amended {
-        house.herald.tell(word(record));
+        store.herald.tell(word(record));
     }
     Ok(amended)
 }
@@ -307,11 +308,11 @@ fn word(record: &Record) -> Word {
 }
 
 pub(super) async fn redrive(
-    house: &Postgres,
+    store: &Postgres,
     filter: Filter,
     max: usize,
 ) -> Result<Vec<MessageId>> {
-    let mut redriven = house
+    let mut redriven = store
         .hands
         .run(move |connection| {
             let filter = filter.clone();
@@ -320,7 +321,7 @@ pub(super) async fn redrive(
         .await?;
     // In the order of arrival, in which they were taken; the statement returns them in any.
     redriven.sort_unstable_by_key(|(seq, ..)| *seq);
-    house.herald.tell(Word::of_ready(redriven.iter().map(|(.., queue)| queue.clone())));
+    store.herald.tell(Word::of_ready(redriven.iter().filter_map(|(.., queue)| queue.clone())));
     Ok(redriven.into_iter().map(|(_, id, _)| id).collect())
 }
 
@@ -328,7 +329,7 @@ async fn bring_back(
     connection: &mut PgConnection,
     filter: &Filter,
     max: usize,
-) -> Result<Vec<(i64, MessageId, QueueName)>, Trouble> {
+) -> Result<Vec<(i64, MessageId, Option<QueueName>)>, Trouble> {
     let statement = match (&filter.queue, filter.ids.is_empty()) {
         (_, false) => REDRIVE_NAMED,
         (Some(_), true) => REDRIVE_OF_QUEUE,
@@ -345,14 +346,15 @@ async fn bring_back(
         .fetch_all(connection)
         .await?;
     let read = |row: &PgRow| {
-        let queue = rows::queue_name(row.try_get("queue")?)?;
+        // They are back already; a queue that cannot be named is only not told of.
+        let queue = rows::queue_name(row.try_get("queue")?).ok();
         Ok((row.try_get("seq")?, rows::message_id(row)?, queue))
     };
     Ok(rows.iter().map(read).collect::<sqlx::Result<_>>()?)
 }
 
-pub(super) async fn delete_dead(house: &Postgres, id: MessageId) -> Result<Amended> {
-    house.hands.transact(move |connection| Box::pin(delete(connection, id))).await
+pub(super) async fn delete_dead(store: &Postgres, id: MessageId) -> Result<Amended> {
+    store.hands.transact(move |connection| Box::pin(delete(connection, id))).await
 }
 
 async fn delete(connection: &mut PgConnection, id: MessageId) -> Result<Amended, Trouble> {
@@ -365,9 +367,9 @@ async fn delete(connection: &mut PgConnection, id: MessageId) -> Result<Amended,
     gone.map(|_| Amended::Done(record)).ok_or(Trouble::Overtaken)
 }
 
-pub(super) async fn purge(house: &Postgres, queue: &QueueName, max: usize) -> Result<u64> {
+pub(super) async fn purge(store: &Postgres, queue: &QueueName, max: usize) -> Result<u64> {
     let queue = queue.clone();
-    house
+    store
         .hands
         .run(move |connection| {
             let queue = queue.clone();

@@ -288,9 +288,9 @@ pub(super) const STATEMENTS: &[&str] = &[
 /// After how long a key that its message needed is looked at again: a minute, in microseconds.
 const NEEDED_KEY: i64 = 60_000_000;
 
-pub(super) async fn sweep(house: &Postgres, max: usize) -> Result<Swept> {
-    house.herald.news.forget_unheard();
-    house.hands.run(move |connection| Box::pin(sweep_all(connection, limit(max)))).await
+pub(super) async fn sweep(store: &Postgres, max: usize) -> Result<Swept> {
+    store.herald.news.forget_unheard();
+    store.hands.run(move |connection| Box::pin(sweep_all(connection, limit(max)))).await
 }
 
 async fn sweep_all(connection: &mut PgConnection, max: i64) -> Result<Swept, Trouble> {

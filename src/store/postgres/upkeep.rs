@@ -142,8 +142,8 @@ const REAP: &str = take_back!(
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] = &[PROMOTE, NEXT_DUE, REAP];
 
-pub(super) async fn promote(house: &Postgres, max: usize) -> Result<Promoted> {
-    let (by_queue, next) = house
+pub(super) async fn promote(store: &Postgres, max: usize) -> Result<Promoted> {
+    let (by_queue, next) = store
         .hands
         .run(move |connection| {
             Box::pin(async move {
@@ -154,12 +154,12 @@ pub(super) async fn promote(house: &Postgres, max: usize) -> Result<Promoted> {
         })
         .await?;
     let count = by_queue.values().sum::<u64>() as usize;
-    house.herald.tell(Word::of_ready(by_queue.into_keys().flatten()));
+    store.herald.tell(Word::of_ready(by_queue.into_keys().flatten()));
     Ok(Promoted { count, next: next.map(rows::elapsed) })
 }
 
-pub(super) async fn reap(house: &Postgres, max: usize) -> Result<Vec<Reaped>> {
-    let reaped = house
+pub(super) async fn reap(store: &Postgres, max: usize) -> Result<Vec<Reaped>> {
+    let reaped = store
         .hands
         .run(move |connection| {
             Box::pin(async move {
@@ -168,21 +168,20 @@ pub(super) async fn reap(house: &Postgres, max: usize) -> Result<Vec<Reaped>> {
             })
         })
         .await?;
-    house.herald.tell(word(&reaped));
+    store.herald.tell(word(&reaped));
     Ok(reaped)
 }
 
 /// Reads what `take_back` returns.
 pub(super) fn taken_back(rows: &[PgRow]) -> sqlx::Result<Vec<Reaped>> {
-    let read = |row: &PgRow| {
+    let mut reaped = Vec::with_capacity(rows.len());
+    for row in rows {
+        // It was taken back all the same; there is only no name under which to say so.
+        let Ok(queue) = rows::queue_name(row.try_get("queue")?) else { continue };
         let state = rows::state(row.try_get("state")?)?;
-        Ok(Reaped {
-            id: rows::message_id(row)?,
-            queue: rows::queue_name(row.try_get("queue")?)?,
-            state,
-        })
-    };
-    rows.iter().map(read).collect()
+        reaped.push(Reaped { id: rows::message_id(row)?, queue, state });
+    }
+    Ok(reaped)
 }
 
 /// What there is to tell of leases that were taken back.
@@ -196,13 +195,14 @@ pub(super) fn limit(max: usize) -> i64 {
     i64::try_from(max).unwrap_or(i64::MAX)
 }
 
-/// How many of each queue; `None` for messages of queues that are being deleted.
+/// How many of each queue; `None` for messages of queues that are being deleted or cannot be named.
 pub(super) fn counts(rows: &[PgRow]) -> sqlx::Result<BTreeMap<Option<QueueName>, u64>> {
     let mut counts = BTreeMap::new();
     for row in rows {
         let queue: Option<&str> = row.try_get("queue")?;
         let n: i64 = row.try_get("n")?;
-        *counts.entry(queue.map(rows::queue_name).transpose()?).or_default() += n as u64;
+        let queue = queue.and_then(|name| rows::queue_name(name).ok());
+        *counts.entry(queue).or_default() += n as u64;
     }
     Ok(counts)
 }

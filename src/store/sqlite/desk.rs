@@ -15,7 +15,7 @@ use crate::model::{QueueName, QueueSettings, State};
 use crate::telemetry::metrics;
 
 use super::super::News;
-use super::fault::unreadable;
+use super::fault::{leaves_doubt, unreadable};
 use super::rows;
 
 /// The writer's desk.
@@ -33,8 +33,12 @@ pub(super) struct Desk {
     pub(super) careful: bool,
     /// The start of the process that this one is, by its last report.
     pub(super) incarnation: i64,
+    /// The same, of a report that is not committed yet.
+    reported: Option<i64>,
     next_seq: i64,
     queues_changed: bool,
+    /// Whether the connection is not to be used again: see [`Desk::start_anew`].
+    in_doubt: bool,
     options: SqliteConnectOptions,
     clock: Arc<dyn Clock>,
     news: Arc<News>,
@@ -58,12 +62,12 @@ const QUEUES: &str = "\
 select id, name, settings
 from queue";
 
-// Lives on: the primary key of tally.
+// Lives on: the primary keys of queue and tally. What is left of deleted queues is not counted.
 const CHANGE_TALLY: &str = "\
 insert into tally (queue_id, state, n)
 select value ->> 0, value ->> 1, value ->> 2
 from json_each(?)
-where true
+where value ->> 0 in (select id from queue)
 on conflict (queue_id, state) do update
 set n = n + excluded.n";
 
@@ -86,8 +90,7 @@ impl Desk {
         clock: Arc<dyn Clock>,
         news: Arc<News>,
     ) -> sqlx::Result<Self> {
-        let last: i64 = query_scalar(LAST_SEQ).fetch_one(&mut connection).await?;
-        let incarnation = query_scalar(LAST_INCARNATION).fetch_one(&mut connection).await?;
+        let (next_seq, incarnation) = recall(&mut connection).await?;
         Ok(Self {
             queues: Queues::load(&mut connection).await?,
             connection,
@@ -96,8 +99,10 @@ impl Desk {
             word: Word::default(),
             careful: false,
             incarnation,
-            next_seq: last + 1,
+            reported: None,
+            next_seq,
             queues_changed: false,
+            in_doubt: false,
             options,
             clock,
             news,
@@ -107,12 +112,15 @@ impl Desk {
 
     /// Begins a transaction that may write: the lock is taken now and not half-way through it.
     pub(super) async fn begin(&mut self) -> sqlx::Result<()> {
+        if self.in_doubt {
+            self.start_anew().await?;
+        }
         if query("begin immediate").execute(&mut self.connection).await.is_err() {
-            // A connection that cannot even begin is left behind: what went wrong on it (a crash of its
-            // thread, a rollback that failed) may be over on a new one.
-            self.connection = self.options.connect().await?;
+            // What went wrong (a crash of its thread, a rollback that failed) may be over on a new one.
+            self.start_anew().await?;
             query("begin immediate").execute(&mut self.connection).await?;
         }
+        self.reported = None;
         self.now = rows::micros(self.clock.now());
         self.tally = Tally::default();
         self.word = Word::default();
@@ -123,6 +131,28 @@ impl Desk {
         Ok(())
     }
 
+    /// Leaves the connection behind for a new one, and reads again what is known by heart.
+    ///
+    /// After a write or a sync that failed, nobody knows what the old one still holds, nor whether its
+    /// transaction is in the file: its callers hear that ([`Error::Unavailable`](super::super::Error)), and
+    /// the next transaction sees what the files say, be it there or not. What was acknowledged before is
+    /// not touched by this: each commit was synced by a call that succeeded, and what is in doubt is
+    /// written anew before it is synced again (the system may have forgotten what it could not write): the
+    /// log from where the last good commit ended, the pages of a failed checkpoint from the log. This does
+    /// not help against a disk that says it has synced and has not, or that loses what it kept.
+    async fn start_anew(&mut self) -> sqlx::Result<()> {
+        let new = self.options.connect().await?;
+        let old = std::mem::replace(&mut self.connection, new);
+        // How it ends says nothing about what it wrote.
+        let _ = old.close().await;
+        let (next_seq, incarnation) = recall(&mut self.connection).await?;
+        self.next_seq = self.next_seq.max(next_seq);
+        self.incarnation = incarnation;
+        self.queues_changed = true;
+        self.in_doubt = false;
+        Ok(())
+    }
+
     /// Commits, and tells the news. On an error the transaction is still to be rolled back.
     pub(super) async fn commit(&mut self) -> sqlx::Result<()> {
         let changes = self.tally.changes();
@@ -130,14 +160,21 @@ impl Desk {
             query(CHANGE_TALLY).bind(rows::json(&changes)).execute(&mut self.connection).await?;
         }
         query("commit").execute(&mut self.connection).await?;
+        self.incarnation = self.reported.take().unwrap_or(self.incarnation);
         std::mem::take(&mut self.word).spread(&self.news);
         Ok(())
     }
 
-    /// Takes everything back.
-    pub(super) async fn roll_back(&mut self) {
+    /// Takes everything back, because of an error, or of a bug that was met.
+    pub(super) async fn roll_back(&mut self, error: Option<&sqlx::Error>) {
         // SQLite may have rolled back by itself; if it could not, the next `begin` finds out.
         let _ = query("rollback").execute(&mut self.connection).await;
+        self.in_doubt |= error.is_none_or(leaves_doubt);
+    }
+
+    /// Says that this process has reported itself, once it is committed.
+    pub(super) fn reports(&mut self, incarnation: i64) {
+        self.reported = Some(incarnation);
     }
 
     /// The number of the next message. One that is not used leaves a gap, which nobody minds.
@@ -197,11 +234,19 @@ impl Desk {
     }
 }
 
+/// What is known by heart of the database: the next number, and the start of the process that reported last.
+async fn recall(connection: &mut SqliteConnection) -> sqlx::Result<(i64, i64)> {
+    let last: i64 = query_scalar(LAST_SEQ).fetch_one(&mut *connection).await?;
+    Ok((last + 1, query_scalar(LAST_INCARNATION).fetch_one(connection).await?))
+}
+
 /// The queues there are, by name and by number.
 #[derive(Debug, Default)]
 pub(super) struct Queues {
     by_name: HashMap<QueueName, Arc<Queue>>,
     by_id: HashMap<i64, Arc<Queue>>,
+    /// Those that cannot be read; whoever lists all queues says so in the log.
+    unreadable: HashSet<QueueName>,
 }
 
 /// A queue, as far as writing needs it.
@@ -216,26 +261,38 @@ impl Queues {
     async fn load(connection: &mut SqliteConnection) -> sqlx::Result<Self> {
         let mut queues = Self::default();
         for row in query(QUEUES).fetch_all(connection).await? {
-            let settings = serde_json::from_str(row.try_get("settings")?);
-            let queue = Arc::new(Queue {
-                id: row.try_get("id")?,
-                name: rows::queue_name(row.try_get("name")?)?,
-                settings: settings.map_err(|_| unreadable("a queue's settings are unknown"))?,
-            });
-            queues.by_name.insert(queue.name.clone(), queue.clone());
-            queues.by_id.insert(queue.id, queue);
+            // Nobody can ask for one whose name is no name.
+            let Ok(name) = rows::queue_name(row.try_get("name")?) else { continue };
+            match serde_json::from_str(row.try_get("settings")?) {
+                Ok(settings) => queues.add(Queue { id: row.try_get("id")?, name, settings }),
+                Err(_) => drop(queues.unreadable.insert(name)),
+            }
         }
         Ok(queues)
     }
 
-    /// The queue with this name.
-    pub(super) fn named(&self, name: &QueueName) -> Option<&Arc<Queue>> {
-        self.by_name.get(name)
+    fn add(&mut self, queue: Queue) {
+        let queue = Arc::new(queue);
+        self.by_name.insert(queue.name.clone(), queue.clone());
+        self.by_id.insert(queue.id, queue);
+    }
+
+    /// The queue with this name. **Fails** for one that is there and cannot be read.
+    pub(super) fn named(&self, name: &QueueName) -> sqlx::Result<Option<Arc<Queue>>> {
+        if self.unreadable.contains(name) {
+            return Err(unreadable(format!("the settings of queue {name} are unknown")));
+        }
+        Ok(self.by_name.get(name).cloned())
     }
 
     /// The queue with this number.
     pub(super) fn numbered(&self, id: i64) -> Option<&Arc<Queue>> {
         self.by_id.get(&id)
+    }
+
+    /// Their numbers, as a JSON list.
+    pub(super) fn ids(&self) -> String {
+        rows::list(self.by_id.keys().copied())
     }
 
     /// All of them, in no order.
@@ -293,5 +350,54 @@ impl Word {
         for queue in &self.unreadable {
             metrics::dead(queue).increment(1);
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+    use std::sync::Arc;
+
+    use jiff::Timestamp;
+
+    use super::*;
+    use crate::clock::ManualClock;
+    use crate::store::sqlite::open;
+
+    async fn desk(directory: &tempfile::TempDir) -> Desk {
+        let url = format!("sqlite://{}", directory.path().join("house.db").display());
+        let opened = open::open(&url).await.unwrap();
+        let clock = Arc::new(ManualClock::new(Timestamp::UNIX_EPOCH, 0.5));
+        let news = Arc::new(News::default());
+        Desk::new(opened.connection, opened.options, opened.lock, clock, news).await.unwrap()
+    }
+
+    /// Whether the connection is the one on which a table was made that no other can see.
+    async fn is_the_same(desk: &mut Desk) -> bool {
+        query("select * from temp.mark").fetch_all(&mut desk.connection).await.is_ok()
+    }
+
+    #[tokio::test]
+    async fn a_connection_that_met_an_error_of_the_disk_is_left_behind() {
+        let directory = tempfile::tempdir().unwrap();
+        let mut desk = desk(&directory).await;
+        query("create temp table mark (n)").execute(&mut desk.connection).await.unwrap();
+
+        desk.begin().await.unwrap();
+        desk.reports(7);
+        desk.roll_back(Some(&unreadable("a row"))).await;
+        desk.begin().await.unwrap();
+        assert!(is_the_same(&mut desk).await, "a row that cannot be read is no error of the disk");
+        query("update pump set incarnation = 3").execute(&mut desk.connection).await.unwrap();
+        desk.commit().await.unwrap();
+        assert_eq!(desk.incarnation, 0, "what was rolled back was not reported");
+
+        desk.begin().await.unwrap();
+        let error = sqlx::Error::Io(io::Error::other("the disk is gone"));
+        desk.roll_back(Some(&error)).await;
+        desk.begin().await.unwrap();
+        assert!(!is_the_same(&mut desk).await);
+        assert_eq!(desk.incarnation, 3, "what is known by heart is read again");
+        desk.commit().await.unwrap();
     }
 }

@@ -10,54 +10,53 @@ use sqlx::{Row, query};
 
 use crate::model::{Idempotency, MessageId, NewMessage};
 
-use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal};
+use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal, Result, refusals};
 use super::desk::{Desk, Queue};
+use super::fault::{of_one, unreadable};
 use super::rows::{self, Insert, Statement, four, insert};
+use super::surgery;
 
 /// Plans these calls one after the other, as if each were alone.
 pub(super) fn plan_calls<'a>(
     desk: &mut Desk,
     plan: &mut Plan<'a>,
     calls: impl IntoIterator<Item = &'a Enqueue>,
-) -> Vec<EnqueueOutcome> {
+) -> Vec<Result<EnqueueOutcome>> {
     calls.into_iter().map(|call| plan_call(desk, plan, call)).collect()
 }
 
-fn plan_call<'a>(desk: &mut Desk, plan: &mut Plan<'a>, call: &'a Enqueue) -> EnqueueOutcome {
+fn plan_call<'a>(
+    desk: &mut Desk,
+    plan: &mut Plan<'a>,
+    call: &'a Enqueue,
+) -> Result<EnqueueOutcome> {
     let batch = call.batch.zip(batch_queue(desk, call));
     if let Some((key, queue_id)) = batch
         && plan.known.get(&(queue_id, key.key)).is_some_and(|known| !known.is_for(&key))
     {
-        return EnqueueOutcome::BatchKeyReused;
+        return Ok(EnqueueOutcome::BatchKeyReused);
     }
     let mark = plan.mark();
     let answers = call.messages.iter().map(|message| plan.take_in(desk, message));
-    let answers = answers.collect::<Vec<_>>();
+    let answers = answers.collect::<Result<Vec<_>>>();
+    let answers = answers.inspect_err(|_| plan.undo(desk, mark))?;
     let refusals = refusals(&answers);
     if call.atomic && !refusals.is_empty() {
         plan.undo(desk, mark);
-        return EnqueueOutcome::Refused(refusals);
+        return Ok(EnqueueOutcome::Refused(refusals));
     }
     if let Some((key, queue_id)) = batch
         && answers.iter().any(|answer| matches!(answer, Enqueued::New(_)))
     {
         plan.remember(desk, queue_id, key, None);
     }
-    EnqueueOutcome::Done(answers)
+    Ok(EnqueueOutcome::Done(answers))
 }
 
 /// The queue whose window a key over the whole batch has: its first message's.
 fn batch_queue(desk: &Desk, call: &Enqueue) -> Option<i64> {
     let first = call.messages.first()?;
-    desk.queues.named(&first.queue).map(|queue| queue.id)
-}
-
-fn refusals(answers: &[Enqueued]) -> Vec<(usize, Refusal)> {
-    let refusal = |(position, answer): (usize, &Enqueued)| match answer {
-        Enqueued::Refused(refusal) => Some((position, refusal.clone())),
-        Enqueued::New(_) | Enqueued::Duplicate(_) => None,
-    };
-    answers.iter().enumerate().filter_map(refusal).collect()
+    desk.queues.named(&first.queue).ok()?.map(|queue| queue.id)
 }
 
 /// What a transaction is going to insert, and what it must know for that.
@@ -131,18 +130,19 @@ impl<'a> Plan<'a> {
         Ok(plan)
     }
 
-    /// Takes one message in, or says why not, or that it is here already.
-    pub(super) fn take_in(&mut self, desk: &mut Desk, message: &'a NewMessage) -> Enqueued {
-        let Some(queue) = desk.queues.named(&message.queue).cloned() else {
-            return Enqueued::Refused(Refusal::NoSuchQueue(message.queue.clone()));
+    /// Takes one message in, or says why not, or that it is here already. **Fails** where its queue cannot
+    /// be read.
+    pub(super) fn take_in(&mut self, desk: &mut Desk, message: &'a NewMessage) -> Result<Enqueued> {
+        let Some(queue) = desk.queues.named(&message.queue).map_err(of_one)? else {
+            return Ok(Enqueued::Refused(Refusal::NoSuchQueue(message.queue.clone())));
         };
         if let Some(answer) = self.known_already(&queue, message) {
-            return answer;
+            return Ok(answer);
         }
         if self.is_full(desk, &queue) {
-            return Enqueued::Refused(Refusal::QueueFull(message.queue.clone()));
+            return Ok(Enqueued::Refused(Refusal::QueueFull(message.queue.clone())));
         }
-        Enqueued::New(self.add(desk, &queue, message))
+        Ok(Enqueued::New(self.add(desk, &queue, message)))
     }
 
     /// Where the plan stands now.
@@ -327,12 +327,14 @@ left join message
 where idempotency.expires_at > ?2
     or message.state in (0, 1, 2, 5)";
 
-// Lives on: message_id, then the primary key of content.
+// Lives on: message_id, then the primary keys of content and queue.
 const KNOWN_NAMES: &str = "\
-select message.queue_id, message.id, message.enqueued_at, content.deliver_at
+select message.seq, message.queue_id, message.id, message.enqueued_at,
+    coalesce(content.deliver_at, message.due_at) as deliver_at, queue.id is null as doomed
 from json_each(?) as wanted
 cross join message on message.id = unhex(wanted.value)
-cross join content on content.seq = message.seq";
+left join content on content.seq = message.seq
+left join queue on queue.id = message.queue_id";
 
 impl Plan<'_> {
     async fn load_keys(
@@ -343,7 +345,7 @@ impl Plan<'_> {
     ) -> sqlx::Result<()> {
         let mut wanted = Vec::new();
         for message in messages.iter().filter(|message| !message.keys.is_empty()) {
-            let Some(queue) = desk.queues.named(&message.queue) else { continue };
+            let Ok(Some(queue)) = desk.queues.named(&message.queue) else { continue };
             wanted.extend(message.keys.iter().map(|key| (queue.id, rows::hex(&key.key))));
         }
         let batches = calls.iter().filter_map(|call| call.batch.zip(batch_queue(desk, call)));
@@ -363,7 +365,7 @@ impl Plan<'_> {
 
     async fn load_counts(&mut self, desk: &mut Desk, messages: &[&NewMessage]) -> sqlx::Result<()> {
         for message in messages {
-            let Some(queue) = desk.queues.named(&message.queue).cloned() else { continue };
+            let Ok(Some(queue)) = desk.queues.named(&message.queue) else { continue };
             if queue.settings.max_messages.is_some() && !self.unsettled.contains_key(&queue.id) {
                 let unsettled = desk.unsettled_before(queue.id).await?;
                 self.unsettled.insert(queue.id, unsettled);
@@ -375,18 +377,24 @@ impl Plan<'_> {
     async fn load_names(&mut self, desk: &mut Desk, messages: &[&NewMessage]) -> sqlx::Result<()> {
         let names = messages.iter().map(|message| rows::hex(message.id.0.as_bytes()));
         let names = rows::json(&names.collect::<Vec<_>>());
+        let mut doomed = Vec::new();
         for row in query(KNOWN_NAMES).bind(names).fetch_all(&mut desk.connection).await? {
+            if row.try_get("doomed")? {
+                doomed.push(row.try_get("seq")?);
+                continue;
+            }
             let receipt = receipt(desk, &row)?;
             self.named.insert(receipt.id, receipt);
         }
-        Ok(())
+        // Messages of queues that were deleted are in nobody's way.
+        surgery::delete(desk, &doomed).await
     }
 }
 
 /// The first answer, made again from what was kept of it.
 fn receipt(desk: &Desk, row: &sqlx::sqlite::SqliteRow) -> sqlx::Result<Receipt> {
     let queue = desk.queues.numbered(row.try_get("queue_id")?);
-    let queue = queue.ok_or_else(|| super::fault::unreadable("a queue's number is unknown"))?;
+    let queue = queue.ok_or_else(|| unreadable("a queue's number is unknown"))?;
     let (enqueued_at, deliver_at) = (row.try_get("enqueued_at")?, row.try_get("deliver_at")?);
     Ok(Receipt {
         id: rows::message_id(row)?,
@@ -398,7 +406,7 @@ fn receipt(desk: &Desk, row: &sqlx::sqlite::SqliteRow) -> sqlx::Result<Receipt> 
 }
 
 fn bytes<const N: usize>(bytes: &[u8]) -> sqlx::Result<[u8; N]> {
-    bytes.try_into().map_err(|_| super::fault::unreadable("a key has another length"))
+    bytes.try_into().map_err(|_| unreadable("a key has another length"))
 }
 
 /// The statements of this file.

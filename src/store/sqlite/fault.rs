@@ -6,6 +6,8 @@ use std::sync::Arc;
 
 use super::super::{Cause, Error};
 
+pub(super) use super::super::columns::unreadable;
+
 /// The error of the store for an error of the driver, which may have hit several calls at once.
 pub(super) fn fault(error: &Arc<sqlx::Error>) -> Error {
     let cause = || -> Cause { Box::new(Shared(error.clone())) };
@@ -30,14 +32,31 @@ pub(super) fn fault(error: &Arc<sqlx::Error>) -> Error {
     }
 }
 
+/// The error of the store for an error of the driver that has hit one call.
+pub(super) fn of_one(error: sqlx::Error) -> Error {
+    fault(&Arc::new(error))
+}
+
+/// Whether an error leaves in doubt what the connection still holds, and what became of its transaction.
+pub(super) fn leaves_doubt(error: &sqlx::Error) -> bool {
+    match error {
+        sqlx::Error::Database(database) => !matches!(
+            primary_code(database.as_ref()),
+            // What SQLite refuses in good order.
+            BUSY | LOCKED | FULL | READ_ONLY | CONSTRAINT | GENERIC
+        ),
+        sqlx::Error::Decode(_)
+        | sqlx::Error::ColumnDecode { .. }
+        | sqlx::Error::ColumnNotFound(_)
+        | sqlx::Error::ColumnIndexOutOfBounds { .. }
+        | sqlx::Error::RowNotFound => false,
+        _ => true,
+    }
+}
+
 /// Whether a row with this unique value is there already.
 pub(super) fn is_known_already(error: &sqlx::Error) -> bool {
     matches!(error, sqlx::Error::Database(database) if database.is_unique_violation())
-}
-
-/// An error for a value in the database that cannot be what this program wrote.
-pub(super) fn unreadable(what: impl Into<String>) -> sqlx::Error {
-    sqlx::Error::Decode(what.into().into())
 }
 
 // The primary result codes of SQLite, which its C interface fixes for ever.

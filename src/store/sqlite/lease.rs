@@ -17,17 +17,17 @@ use super::rows;
 /// Claims in the order of lease. `asked` is the monotonic time at which the caller asked.
 pub(super) async fn lease(
     desk: &mut Desk,
+    queue: &Queue,
     claim: &Claim,
     asked: Instant,
 ) -> sqlx::Result<Vec<Leased>> {
-    let Some(queue) = desk.queues.named(&claim.queue).cloned() else { return Ok(Vec::new()) };
     let mut leased = Vec::new();
     // Goes round again only where it met something unreadable, which then is no longer ready.
     while leased.len() < claim.max {
         let max = claim.max - leased.len();
-        let picked = pick(desk, &queue, claim.urgent_only, max, asked + claim.duration).await?;
-        mark_leased(desk, &queue, claim, &picked.good).await?;
-        mark_unreadable(desk, &queue, &picked.unreadable).await?;
+        let picked = pick(desk, queue, claim.urgent_only, max, asked + claim.duration).await?;
+        mark_leased(desk, queue, claim, &picked.good).await?;
+        mark_unreadable(desk, queue, &picked.unreadable).await?;
         leased.extend(picked.good);
         if picked.unreadable.is_empty() {
             break;
@@ -169,7 +169,7 @@ async fn mark_unreadable(
     Ok(())
 }
 
-// Lives on: the primary key of message. Moves within message_leased. A lease that has run out, or is
+// Lives on: the primary keys of message and queue. Moves within message_leased. A lease that has run out, or is
 // somebody else's, stays as it is.
 const RENEW: &str = "\
 update message
@@ -180,6 +180,7 @@ where message.seq = held.value ->> 0
     and message.id = unhex(held.value ->> 2)
     and message.state = 2
     and message.lease_until > ?3
+    and message.queue_id in (select id from queue)
 returning seq, token, id";
 
 /// Prolongs what is still held; in order, whether it was.

@@ -7,7 +7,9 @@ use bytes::Bytes;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Connection, Row, SqliteConnection, SqliteExecutor, query, query_scalar};
 
-use crate::model::{DeliveryRecord, ErrorKind, MessageId, Outcome, Record, ReplicaName, State};
+use crate::model::{
+    DeliveryRecord, ErrorKind, MessageId, Outcome, QueueName, Record, ReplicaName, State,
+};
 
 use super::super::{Depth, Filter, Listed, Page, ROWS_LOOKED_AT_MAX};
 use super::fault::unreadable;
@@ -18,7 +20,7 @@ const MESSAGE: &str = "\
 select message.*, queue.name as queue, content.kind, content.correlation_id, content.details
 from message
 cross join queue on queue.id = message.queue_id
-cross join content on content.seq = message.seq
+left join content on content.seq = message.seq
 where message.id = ?";
 
 // Lives on: the primary key of delivery, from its end.
@@ -28,10 +30,11 @@ from delivery
 where seq = ?
 order by number desc";
 
-// Lives on: message_id, then the primary key of content.
+// Lives on: message_id, then the primary keys of queue and content.
 const PAYLOAD: &str = "\
 select content.body
 from message
+cross join queue on queue.id = message.queue_id
 cross join content on content.seq = message.seq
 where message.id = ?";
 
@@ -44,7 +47,8 @@ pub(super) async fn message(
     let Some((seq, record)) = record(&mut *moment, id).await? else { return Ok(None) };
     let deliveries = query(DELIVERIES).bind(seq).fetch_all(&mut *moment).await?;
     moment.commit().await?;
-    Ok(Some((record, deliveries.iter().map(delivery).collect::<sqlx::Result<_>>()?)))
+    // One that cannot be read does not hide the others.
+    Ok(Some((record, deliveries.iter().filter_map(|row| delivery(row).ok()).collect())))
 }
 
 /// A message with its number.
@@ -131,7 +135,7 @@ macro_rules! record_of {
 select message.*, queue.name as queue, content.kind, content.correlation_id, content.details
 from ",
             $from,
-            "\ncross join ",
+            "\n",
             $join,
             "\ncross join queue on queue.id = message.queue_id\nwhere ",
             $which,
@@ -153,13 +157,17 @@ macro_rules! filtered {
 }
 
 // Lives on: the primary key of message, downwards.
-const ALL: Way =
-    way!("message not indexed", "content on content.seq = message.seq", "true", "message.seq");
+const ALL: Way = way!(
+    "message not indexed",
+    "left join content on content.seq = message.seq",
+    "true",
+    "message.seq"
+);
 
 // Lives on: message_listed, downwards.
 const OF_QUEUE: Way = way!(
     "message indexed by message_listed",
-    "content on content.seq = message.seq",
+    "left join content on content.seq = message.seq",
     "message.queue_id = (select id from queue where name = ?3)",
     "message.seq"
 );
@@ -167,7 +175,7 @@ const OF_QUEUE: Way = way!(
 // Lives on: message_dead_all, downwards.
 const DEAD: Way = way!(
     "message indexed by message_dead_all",
-    "content on content.seq = message.seq",
+    "left join content on content.seq = message.seq",
     "message.state = 5",
     "message.seq"
 );
@@ -175,7 +183,7 @@ const DEAD: Way = way!(
 // Lives on: message_dead, downwards.
 const DEAD_OF_QUEUE: Way = way!(
     "message indexed by message_dead",
-    "content on content.seq = message.seq",
+    "left join content on content.seq = message.seq",
     "message.queue_id = (select id from queue where name = ?3) and message.state = 5",
     "message.seq"
 );
@@ -183,7 +191,7 @@ const DEAD_OF_QUEUE: Way = way!(
 // Lives on: content_correlation, downwards, then the primary key of message.
 const CORRELATED: Way = way!(
     "content indexed by content_correlation",
-    "message on message.seq = content.seq",
+    "cross join message on message.seq = content.seq",
     "content.correlation_id = ?6",
     "content.seq"
 );
@@ -192,7 +200,7 @@ const CORRELATED: Way = way!(
 const NAMED: &str = concat!(
     record_of!(
         "json_each(?10) as wanted\ncross join message on message.id = unhex(wanted.value)",
-        "content on content.seq = message.seq",
+        "left join content on content.seq = message.seq",
         "message.seq < ?1"
     ),
     "\norder by message.seq desc\nlimit ?9"
@@ -217,8 +225,7 @@ pub(super) async fn messages(
     let more = found.len() > page.limit;
     found.truncate(page.limit);
     let next = if more { found.last().map(|row| row.try_get("seq")).transpose()? } else { floor };
-    let items = found.iter().map(rows::record).collect::<sqlx::Result<_>>()?;
-    Ok(Listed { items, next })
+    Ok(Listed { items: rows::shown(&found), next })
 }
 
 /// The way that meets the fewest rows which do not match; `None` for messages that are named.
@@ -273,7 +280,8 @@ macro_rules! oldest_dead {
         concat!(
             "select message.seq\nfrom ",
             $from,
-            "\ncross join content on content.seq = message.seq\nwhere ",
+            "\nleft join content on content.seq = message.seq",
+            "\ncross join queue on queue.id = message.queue_id\nwhere ",
             $which,
             filtered!(),
             "\n    and message.state = 5\norder by message.seq\nlimit ?9"
@@ -356,17 +364,24 @@ order by queue.name";
 
 /// How many messages of each queue are in each state.
 pub(super) async fn depths(reader: impl SqliteExecutor<'_>, now: i64) -> sqlx::Result<Vec<Depth>> {
-    query(DEPTHS).fetch_all(reader).await?.iter().map(|row| depth(row, now)).collect()
+    let mut depths = Vec::new();
+    for row in query(DEPTHS).fetch_all(reader).await? {
+        // A queue without a name that can be said is left out here, as in the list of queues.
+        if let Ok(queue) = rows::queue_name(row.try_get("name")?) {
+            depths.push(depth(&row, queue, now)?);
+        }
+    }
+    Ok(depths)
 }
 
-fn depth(row: &SqliteRow, now: i64) -> sqlx::Result<Depth> {
+fn depth(row: &SqliteRow, queue: QueueName, now: i64) -> sqlx::Result<Depth> {
     let count = |column| -> sqlx::Result<u64> {
         let n: Option<i64> = row.try_get(column)?;
-        u64::try_from(n.unwrap_or(0)).map_err(|_| unreadable("a count is negative"))
+        Ok(u64::try_from(n.unwrap_or(0)).unwrap_or(0))
     };
     let oldest: Option<i64> = row.try_get("due_at")?;
     Ok(Depth {
-        queue: rows::queue_name(row.try_get("name")?)?,
+        queue,
         ready: count("ready")?,
         scheduled: count("scheduled")?,
         leased: count("leased")?,

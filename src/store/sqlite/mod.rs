@@ -21,6 +21,7 @@ mod queues;
 mod surgery;
 mod listing;
 mod upkeep;
+mod sweep;
 
 use std::fmt;
 use std::sync::Arc;
@@ -43,7 +44,7 @@ use super::{
     Result, Settle, Settled, Store, Swept,
 };
 use desk::Desk;
-use fault::fault;
+use fault::of_one;
 use writer::Writer;
 
 /// A store in one file, for one process.
@@ -90,6 +91,7 @@ impl Sqlite {
             queues::STATEMENTS,
             surgery::STATEMENTS,
             upkeep::STATEMENTS,
+            sweep::STATEMENTS,
             &[WRITE_SOMETHING, VERSION],
         ];
         let lists = lists.into_iter().flatten().copied();
@@ -140,7 +142,7 @@ impl Store for Sqlite {
 
     async fn sweep(&self, max: usize) -> Result<Swept> {
         self.news.forget_unheard();
-        self.writer.errand(move |desk| Box::pin(upkeep::sweep(desk, max))).await
+        self.writer.errand(move |desk| Box::pin(sweep::sweep(desk, max))).await
     }
 
     async fn attend(&self, attendance: Attendance) -> Result<Attended> {
@@ -277,8 +279,4 @@ where success";
 async fn write_and_ask_version(desk: &mut Desk) -> sqlx::Result<i64> {
     query(WRITE_SOMETHING).execute(&mut desk.connection).await?;
     query_scalar(VERSION).fetch_one(&mut desk.connection).await
-}
-
-fn of_one(error: sqlx::Error) -> Error {
-    fault(&Arc::new(error))
 }

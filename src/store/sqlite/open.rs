@@ -3,7 +3,6 @@
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::Duration;
 
 use sqlx::migrate::{MigrateError, Migrator};
@@ -14,7 +13,7 @@ use sqlx::sqlite::{
 use sqlx::{ConnectOptions, SqliteConnection, query, query_scalar};
 
 use super::super::{CEILING_DEFAULT, Error, Result};
-use super::fault::fault;
+use super::fault::of_one;
 
 static MIGRATIONS: Migrator = sqlx::migrate!("migrations/sqlite");
 
@@ -38,7 +37,7 @@ pub(super) async fn open(url: &str) -> Result<Opened> {
     let options = options(&path);
     // For a new file, and so only here: on a connection that only reads it is a forbidden write.
     let first = options.clone().auto_vacuum(SqliteAutoVacuum::Incremental);
-    let mut connection = first.connect().await.map_err(refused)?;
+    let mut connection = first.connect().await.map_err(of_one)?;
     check_version(&mut connection).await?;
     migrate(&mut connection).await?;
     Ok(Opened { connection, options, lock })
@@ -136,7 +135,7 @@ fn for_all(path: &Path) -> SqliteConnectOptions {
 
 async fn check_version(connection: &mut SqliteConnection) -> Result<()> {
     let version: String =
-        query_scalar("select sqlite_version()").fetch_one(connection).await.map_err(refused)?;
+        query_scalar("select sqlite_version()").fetch_one(connection).await.map_err(of_one)?;
     let mut numbers = version.split('.').map(|number| number.parse().unwrap_or(0));
     let mut number = || numbers.next().unwrap_or(0);
     let found = (number(), number(), number());
@@ -164,18 +163,14 @@ async fn migrate(connection: &mut SqliteConnection) -> Result<()> {
             let what = format!("its schema was made by another migration {version} than this one");
             Error::Refused { what }
         }
-        MigrateError::Execute(error) => refused(error),
+        MigrateError::Execute(error) => of_one(error),
         other => Error::Corrupt {
             what: "its schema cannot be brought up to date".to_owned(),
             source: Some(Box::new(other)),
         },
     })?;
     let first = query(FIRST_PUMP).bind(CEILING_DEFAULT).execute(connection).await;
-    first.map(|_| ()).map_err(refused)
-}
-
-fn refused(error: sqlx::Error) -> Error {
-    fault(&Arc::new(error))
+    first.map(|_| ()).map_err(of_one)
 }
 
 /// The statements of this file.

@@ -24,7 +24,7 @@ where name = ?";
 
 /// All queues, by name.
 pub(super) async fn all(reader: impl SqliteExecutor<'_>) -> sqlx::Result<Vec<QueueRecord>> {
-    query(ALL).fetch_all(reader).await?.iter().map(record).collect()
+    Ok(query(ALL).fetch_all(reader).await?.iter().filter_map(readable).collect())
 }
 
 /// One queue.
@@ -74,26 +74,6 @@ select coalesce(sum(n), 0)
 from tally
 where queue_id = ? and state in (0, 1, 2, 5)";
 
-// Lives on: message_listed, then the primary key of delivery.
-const DELETE_DELIVERIES: &str = "\
-delete from delivery
-where seq in (select seq from message indexed by message_listed where queue_id = ?)";
-
-// Lives on: message_listed, then the primary key of content.
-const DELETE_CONTENTS: &str = "\
-delete from content
-where seq in (select seq from message indexed by message_listed where queue_id = ?)";
-
-// Lives on: message_listed.
-const DELETE_MESSAGES: &str = "\
-delete from message indexed by message_listed
-where queue_id = ?";
-
-// Lives on: the primary key of idempotency.
-const DELETE_KEYS: &str = "\
-delete from idempotency
-where queue_id = ?";
-
 // Lives on: the primary key of tally.
 const DELETE_TALLY: &str = "\
 delete from tally
@@ -104,16 +84,20 @@ const DELETE: &str = "\
 delete from queue
 where id = ?";
 
-/// Deletes a queue with all that is in it, if it may go.
+// Lives on: the primary key of doomed.
+const DOOM: &str = "\
+insert into doomed (queue_id)
+values (?)";
+
+/// Deletes a queue, if it may go. From then on nobody sees what is in it, and sweeps delete that bit by
+/// bit: at once it would hold up all writing, for seconds where there is much of it.
 pub(super) async fn delete(
     desk: &mut Desk,
     name: &QueueName,
     force: bool,
     precondition: &Precondition,
 ) -> sqlx::Result<DeleteQueue> {
-    let Some(queue) = desk.queues.named(name).cloned() else {
-        return Ok(DeleteQueue::NoSuchQueue);
-    };
+    let Some(queue) = desk.queues.named(name)? else { return Ok(DeleteQueue::NoSuchQueue) };
     if !precondition.holds(Some(&queue.settings.etag())) {
         return Ok(DeleteQueue::PreconditionFailed);
     }
@@ -121,9 +105,7 @@ pub(super) async fn delete(
     if !force && unfinished.fetch_one(&mut desk.connection).await? > 0 {
         return Ok(DeleteQueue::NotEmpty);
     }
-    let everything =
-        [DELETE_DELIVERIES, DELETE_CONTENTS, DELETE_MESSAGES, DELETE_KEYS, DELETE_TALLY, DELETE];
-    for text in everything {
+    for text in [DELETE, DOOM, DELETE_TALLY] {
         query(text).bind(queue.id).execute(&mut desk.connection).await?;
     }
     changed(desk).await?;
@@ -195,6 +177,17 @@ async fn changed(desk: &mut Desk) -> sqlx::Result<()> {
     Ok(())
 }
 
+/// A queue, unless it cannot be read: one of them must not stop all the others.
+fn readable(row: &SqliteRow) -> Option<QueueRecord> {
+    let record = record(row);
+    record
+        .inspect_err(|error| {
+            let queue = row.try_get::<&str, _>("name").unwrap_or_default();
+            tracing::error!(%queue, %error, "a queue is left alone, because it cannot be read");
+        })
+        .ok()
+}
+
 fn record(row: &SqliteRow) -> sqlx::Result<QueueRecord> {
     let settings = serde_json::from_str(row.try_get("settings")?);
     Ok(QueueRecord {
@@ -219,12 +212,9 @@ pub(super) const STATEMENTS: &[&str] = &[
     ONE,
     PUT,
     UNFINISHED,
-    DELETE_DELIVERIES,
-    DELETE_CONTENTS,
-    DELETE_MESSAGES,
-    DELETE_KEYS,
     DELETE_TALLY,
     DELETE,
+    DOOM,
     SET_QUEUE_STATE,
     SET_PUMP_STATE,
     PUMP,

@@ -2,48 +2,23 @@
 
 use std::time::Duration;
 
-use jiff::Timestamp;
 use sqlx::query::Query;
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::{Row, Sqlite, SqliteConnection};
 use uuid::Uuid;
 
-use crate::model::{Details, Head, MessageId, QueueName, Record, State, Tries, When};
+use crate::model::{Details, Head, MessageId, QueueName, Record, Tries};
 
-use super::fault::unreadable;
+use super::super::columns::{elapsed, nearest_priority, unreadable};
 
-/// A moment as it stands in a row: whole microseconds.
-pub(super) fn micros(moment: Timestamp) -> i64 {
-    moment.as_microsecond()
-}
-
-/// A duration as it stands in a row; longer than any clock lives is as long as it gets.
-pub(super) fn span(duration: Duration) -> i64 {
-    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
-}
-
-/// So long after a moment, at most the last moment there is.
-pub(super) fn after(moment: i64, wait: Duration) -> i64 {
-    moment.saturating_add(span(wait)).min(micros(Timestamp::MAX))
-}
+pub(super) use super::super::columns::{
+    after, maybe_moment, micros, moment, nearest_moment, queue_name, resolve, span, state,
+    waiting_state,
+};
 
 /// How long ago a moment was; nothing for one that is to come.
 pub(super) fn since(moment: i64, now: i64) -> Duration {
-    Duration::from_micros(u64::try_from(now.saturating_sub(moment)).unwrap_or(0))
-}
-
-/// The moment that is meant by something said at `now`. What has passed counts as now.
-pub(super) fn resolve(when: When, now: i64) -> i64 {
-    match when {
-        When::Now => now,
-        When::In(wait) => after(now, wait),
-        When::At(moment) => micros(moment).max(now),
-    }
-}
-
-/// Whether a message that is due then is ready, or scheduled.
-pub(super) fn waiting_state(due_at: i64, now: i64) -> State {
-    if due_at <= now { State::Ready } else { State::Scheduled }
+    elapsed(now.saturating_sub(moment))
 }
 
 /// Numbers as a JSON list, for `json_each`: one bind and one statement for any length.
@@ -112,16 +87,6 @@ pub(super) async fn insert_all<R>(
     Ok(())
 }
 
-/// Reads a moment.
-pub(super) fn moment(micros: i64) -> sqlx::Result<Timestamp> {
-    Timestamp::from_microsecond(micros).map_err(|_| unreadable("a time is out of range"))
-}
-
-/// Reads a moment that may be missing.
-pub(super) fn maybe_moment(micros: Option<i64>) -> sqlx::Result<Option<Timestamp>> {
-    micros.map(moment).transpose()
-}
-
 /// Reads a message's name.
 pub(super) fn message_id(row: &SqliteRow) -> sqlx::Result<MessageId> {
     let bytes: &[u8] = row.try_get("id")?;
@@ -129,14 +94,9 @@ pub(super) fn message_id(row: &SqliteRow) -> sqlx::Result<MessageId> {
     Ok(MessageId(uuid))
 }
 
-/// Reads a state.
-pub(super) fn state(code: i64) -> sqlx::Result<State> {
-    State::from_code(code).ok_or_else(|| unreadable(format!("there is no state {code}")))
-}
-
-/// Reads a queue's name.
-pub(super) fn queue_name(text: &str) -> sqlx::Result<QueueName> {
-    QueueName::parse(text).map_err(|_| unreadable("a queue's name is no name"))
+/// A message's name, or no name at all where it cannot be read: for showing it, and for ending it.
+pub(super) fn shown_id(row: &SqliteRow) -> MessageId {
+    message_id(row).unwrap_or(MessageId(Uuid::nil()))
 }
 
 /// Reads how often a message was tried.
@@ -151,7 +111,8 @@ pub(super) fn tries(row: &SqliteRow) -> sqlx::Result<Tries> {
 /// Reads what never changes of a message, with the details as they stand there.
 pub(super) fn head(row: &SqliteRow, queue: QueueName, details: Details) -> sqlx::Result<Head> {
     let rank: i64 = row.try_get("rank")?;
-    let priority = i8::try_from(-rank).map_err(|_| unreadable("a priority is out of range"))?;
+    let priority = rank.checked_neg().and_then(|priority| i8::try_from(priority).ok());
+    let priority = priority.ok_or_else(|| unreadable("a priority is out of range"))?;
     Ok(Head {
         id: message_id(row)?,
         queue,
@@ -164,20 +125,46 @@ pub(super) fn head(row: &SqliteRow, queue: QueueName, details: Details) -> sqlx:
     })
 }
 
-/// Reads a message without its payload. Details that cannot be read are left out here, because looking
-/// at a message is how a person finds out; its lease makes it a dead letter.
+/// Reads a message without its payload, as far as it can be read: looking at a message is how a person
+/// finds out what is wrong with it, while its lease makes it a dead letter. What is missing or unreadable
+/// is left out, and what is out of range is shown as the nearest that is not.
 pub(super) fn record(row: &SqliteRow) -> sqlx::Result<Record> {
-    let queue = queue_name(row.try_get("queue")?)?;
-    let details: &str = row.try_get("details")?;
-    let details = serde_json::from_str(details).unwrap_or_default();
+    let text = |column| row.try_get::<Option<String>, _>(column).unwrap_or_default();
+    let count = |column| -> sqlx::Result<u32> {
+        Ok(u32::try_from(row.try_get::<i64, _>(column)?).unwrap_or(0))
+    };
+    let details = text("details").and_then(|details| serde_json::from_str(&details).ok());
     let size: i64 = row.try_get("size")?;
     Ok(Record {
-        head: head(row, queue, details)?,
+        head: Head {
+            id: shown_id(row),
+            queue: queue_name(row.try_get("queue")?)?,
+            kind: text("kind"),
+            correlation_id: text("correlation_id"),
+            details: details.unwrap_or_default(),
+            priority: nearest_priority(row.try_get("rank")?),
+            enqueued_at: nearest_moment(row.try_get("enqueued_at")?),
+            expires_at: row.try_get::<Option<i64>, _>("expires_at")?.map(nearest_moment),
+        },
         state: state(row.try_get("state")?)?,
-        deliver_at: moment(row.try_get("due_at")?)?,
-        finished_at: maybe_moment(row.try_get("finished_at")?)?,
-        tries: tries(row)?,
-        reason: row.try_get("reason")?,
+        deliver_at: nearest_moment(row.try_get("due_at")?),
+        finished_at: row.try_get::<Option<i64>, _>("finished_at")?.map(nearest_moment),
+        tries: Tries {
+            attempts: count("attempts")?,
+            failures: count("failures")?,
+            crashes: count("crashes")?,
+        },
+        reason: text("reason"),
         size: u64::try_from(size).unwrap_or(0),
     })
+}
+
+/// The messages of a list. One that cannot be shown at all does not hide the others.
+pub(super) fn shown(rows: &[SqliteRow]) -> Vec<Record> {
+    let show = |row| {
+        record(row).inspect_err(|error| {
+            tracing::error!(%error, "a message is left out of a list, because it cannot be read");
+        })
+    };
+    rows.iter().filter_map(|row| show(row).ok()).collect()
 }

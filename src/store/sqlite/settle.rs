@@ -41,14 +41,15 @@ struct Held {
     due_at: i64,
 }
 
-// Lives on: the primary key of message.
+// Lives on: the primary keys of message and queue.
 const HELD: &str = "\
 select message.seq, message.id, message.queue_id, message.token, message.enqueued_at,
     message.due_at
 from json_each(?1) as wanted
 cross join message on message.seq = wanted.value
 where message.state = 2
-    and message.lease_until > ?2";
+    and message.lease_until > ?2
+    and message.queue_id in (select id from queue)";
 
 async fn load_held(desk: &mut Desk, settles: &[&Settle]) -> sqlx::Result<HashMap<i64, Held>> {
     let wanted = rows::list(settles.iter().map(|settle| settle.lease.seq));
@@ -96,11 +97,16 @@ fn decide<'a>(
 fn send<'a>(desk: &mut Desk, plan: &mut Plan<'a>, sent: &'a [NewMessage]) -> Result<()> {
     let mark = plan.mark();
     for message in sent {
-        if let Enqueued::Refused(refusal) = plan.take_in(desk, message) {
-            plan.undo(desk, mark);
-            let what = format!("a message sent by a handler was refused: {refusal:?}");
-            return Err(Error::Refused { what });
-        }
+        let why = match plan.take_in(desk, message) {
+            Ok(Enqueued::New(_) | Enqueued::Duplicate(_)) => continue,
+            Ok(Enqueued::Refused(refusal)) => {
+                let what = format!("a message sent by a handler was refused: {refusal:?}");
+                Error::Refused { what }
+            }
+            Err(error) => error,
+        };
+        plan.undo(desk, mark);
+        return Err(why);
     }
     Ok(())
 }
@@ -170,15 +176,15 @@ async fn write(desk: &mut Desk, changes: Changes<'_>) -> sqlx::Result<()> {
     record_deliveries(desk, &changes.deliveries).await
 }
 
-// Lives on: the primary key of delivery, near its end. An attempt has one record: the last word counts.
+// Lives on: the primary key of delivery, near its end. An attempt has one record: the first word counts.
 const INSERT_DELIVERIES: Insert = insert!(
     "\
-insert or replace into delivery (
+insert into delivery (
     seq, number, replica, started_at, duration, outcome, status, error_kind, error, answer
 )
 values\n",
     "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-    ""
+    "\non conflict (seq, number) do nothing"
 );
 
 /// Keeps what is to be remembered of deliveries.

@@ -37,11 +37,11 @@ struct Found {
     state: State,
 }
 
-// Lives on: message_id.
+// Lives on: message_id, then the primary key of queue.
 const FIND: &str = "\
 select seq, queue_id, state
 from message
-where id = ?";
+where id = ? and queue_id in (select id from queue)";
 
 async fn find(desk: &mut Desk, id: MessageId) -> sqlx::Result<Option<Found>> {
     let found = query(FIND).bind(id.0.as_bytes().to_vec());
@@ -92,13 +92,15 @@ async fn reschedule(desk: &mut Desk, found: &Found, due_at: i64) -> sqlx::Result
     Ok(state)
 }
 
-// Lives on: the primary key of message. Leaves message_dead and message_ended for message_ready.
-// Only what is still dead, because the list was made before this transaction.
+// Lives on: the primary keys of message and queue. Leaves message_dead and message_ended for
+// message_ready. Whoever redrives a message wants it delivered, and not expired by the next sweep. Only what is still dead, because the list was made before this transaction.
 const REDRIVE: &str = "\
 update message
-set state = 0, due_at = ?2, failures = 0, crashes = 0, finished_at = null, reason = null
+set state = 0, due_at = ?2, failures = 0, crashes = 0, finished_at = null, reason = null,
+    expires_at = case when expires_at > ?2 then expires_at end
 where seq in (select value from json_each(?1))
     and state = 5
+    and queue_id in (select id from queue)
 returning seq, queue_id, id";
 
 /// Makes these dead letters ready again, in this order; what is no longer dead is passed over.
@@ -108,7 +110,7 @@ pub(super) async fn redrive(desk: &mut Desk, dead: &[i64]) -> sqlx::Result<Vec<M
     for row in redrive.fetch_all(&mut desk.connection).await? {
         let (seq, queue_id): (i64, i64) = (row.try_get("seq")?, row.try_get("queue_id")?);
         desk.moved(queue_id, State::Dead, State::Ready);
-        redriven.push((seq, rows::message_id(&row)?));
+        redriven.push((seq, rows::shown_id(&row)));
     }
     redriven.sort_unstable_by_key(|(seq, _)| *seq);
     Ok(redriven.into_iter().map(|(_, id)| id).collect())
@@ -142,7 +144,7 @@ limit ?";
 
 /// Deletes at most `max` of what waits in a queue, and says how many.
 pub(super) async fn purge(desk: &mut Desk, queue: &QueueName, max: usize) -> sqlx::Result<u64> {
-    let Some(queue) = desk.queues.named(queue).cloned() else { return Ok(0) };
+    let Some(queue) = desk.queues.named(queue)? else { return Ok(0) };
     let mut purged = 0;
     for (text, state) in [(WAITING_READY, State::Ready), (WAITING_SCHEDULED, State::Scheduled)] {
         let left = i64::try_from(max - purged).unwrap_or(i64::MAX);

@@ -22,7 +22,7 @@ use crate::telemetry::metrics;
 use super::super::{Claim, Enqueue, EnqueueOutcome, Error, Result, Settle, Settled};
 use super::desk::Desk;
 use super::enqueue::{self, Plan};
-use super::fault::{fault, is_known_already};
+use super::fault::{fault, is_known_already, of_one};
 use super::{lease, settle};
 
 /// How many calls may wait in each queue; who comes later waits outside.
@@ -139,7 +139,7 @@ async fn write_until_stopped(mut desk: Desk, mut inbox: Inbox) {
         // and nothing of it is kept: what the desk knows is read or made again when the next one begins.
         if AssertUnwindSafe(write).catch_unwind().await.is_err() {
             tracing::error!("a bug was met while writing; the transaction is rolled back");
-            desk.roll_back().await;
+            desk.roll_back(None).await;
         }
     }
     desk.close().await;
@@ -243,8 +243,8 @@ impl Batch {
 /// What a transaction answers, in the order of the batch.
 struct Answers {
     settles: Vec<Result<Settled>>,
-    enqueues: Vec<EnqueueOutcome>,
-    claims: Vec<Vec<Leased>>,
+    enqueues: Vec<Result<EnqueueOutcome>>,
+    claims: Vec<Result<Vec<Leased>>>,
 }
 
 /// Where a transaction failed. What failed before the commit has certainly not happened.
@@ -283,8 +283,8 @@ async fn attempt(desk: &mut Desk, batch: &Batch) -> Result<Answers, Failed> {
         Ok(answers) => desk.commit().await.map(|()| answers).map_err(Failed::Committing),
         Err(error) => Err(Failed::Applying(error)),
     };
-    if done.is_err() {
-        desk.roll_back().await;
+    if let Err(Failed::Applying(error) | Failed::Committing(error)) = &done {
+        desk.roll_back(Some(error)).await;
     }
     metrics::commit_seconds("write").record(started.elapsed());
     metrics::batch_size("write").record(batch.len() as f64);
@@ -305,7 +305,11 @@ async fn apply(desk: &mut Desk, batch: &Batch) -> sqlx::Result<Answers> {
     plan.write(desk).await?;
     let mut claims = Vec::with_capacity(batch.claims.len());
     for (asked, _) in &batch.claims {
-        claims.push(lease::lease(desk, &asked.claim, asked.at).await?);
+        claims.push(match desk.queues.named(&asked.claim.queue) {
+            Ok(Some(queue)) => Ok(lease::lease(desk, &queue, &asked.claim, asked.at).await?),
+            Ok(None) => Ok(Vec::new()),
+            Err(error) => Err(of_one(error)),
+        });
     }
     Ok(Answers { settles, enqueues, claims })
 }
@@ -316,11 +320,11 @@ async fn answer(desk: &mut Desk, batch: Batch, answers: Answers) {
         let _ = reply.send(answer);
     }
     for ((_, reply), answer) in batch.enqueues.into_iter().zip(answers.enqueues) {
-        let _ = reply.send(Ok(answer));
+        let _ = reply.send(answer);
     }
     let mut left = Vec::new();
     for ((_, reply), answer) in batch.claims.into_iter().zip(answers.claims) {
-        left.extend(reply.send(Ok(answer)).err().and_then(Result::ok).unwrap_or_default());
+        left.extend(reply.send(answer).err().and_then(Result::ok).unwrap_or_default());
     }
     if !left.is_empty() {
         put_back(desk, left).await;
@@ -368,9 +372,9 @@ async fn run_errand(desk: &mut Desk, errand: Errand, reply: Reply<Box<dyn Any + 
         },
         Err(error) => Err(error),
     };
-    if done.is_err() {
-        desk.roll_back().await;
+    if let Err(error) = &done {
+        desk.roll_back(Some(error)).await;
     }
     metrics::commit_seconds("errand").record(started.elapsed());
-    let _ = reply.send(done.map_err(|error| fault(&Arc::new(error)))); // the write happened all the same
+    let _ = reply.send(done.map_err(of_one)); // the write happened all the same
 }

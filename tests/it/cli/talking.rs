@@ -107,6 +107,37 @@ async fn a_declared_queue_gets_its_handler_and_keeps_what_an_operator_changed() 
 }
 
 #[tokio::test]
+async fn a_declared_handler_comes_with_a_lease_that_it_can_work_with() {
+    let database = Database::sqlite();
+    let mut server = Process::start(&database, &["--queue", "q=http://127.0.0.1:1/"]).await;
+    let short = json!({"handler": {"timeout": "1s"}, "lease": "3s"});
+    server.client().patch_queue("q", &short).await;
+    server.kill_hard().await;
+    let mut server = Process::start(&database, &["--queue", "q=discard:"]).await;
+    assert_eq!(server.client().queue("q").await["lease"], "1m", "3s is too short for any delivery");
+    let id = server.client().send("q", "x").await;
+    eventually("it is delivered", async || server.client().state(&id).await == "completed").await;
+
+    server.client().patch_queue("q", &json!({"lease": "45s"})).await;
+    server.kill_hard().await;
+    let server = Process::start(&database, &["--queue", "q=log:"]).await;
+    assert_eq!(server.client().queue("q").await["lease"], "45s", "this one is long enough");
+}
+
+#[tokio::test]
+async fn the_list_of_queues_is_whole() {
+    let database = Database::sqlite().off_the_disk();
+    let server = Process::start(&database, &[]).await;
+    for number in 0..201 {
+        server.client().put_queue(&format!("q{number:03}"), &json!({})).await;
+    }
+    let list = say(&server, &["queues", "list"]);
+    let names = list["items"].as_array().expect("items").iter().map(|queue| &queue["name"]);
+    let names = names.collect::<Vec<_>>();
+    assert_eq!((names.len(), names[200]), (201, &json!("q200")));
+}
+
+#[tokio::test]
 async fn operators_get_a_listener_of_their_own() {
     let flags = ["--admin-listen", "127.0.0.1:0", "--queue", "q=discard:"];
     let database = Database::sqlite();
@@ -120,6 +151,14 @@ async fn operators_get_a_listener_of_their_own() {
     operator.get("/v1/messages").await.expect(404);
     server.client().get("/v1/messages").await.expect(200);
     server.client().get("/admin/v1/queues/q").await.expect(404);
+    for everywhere in ["/livez", "/readyz", "/docs/problems/not-found"] {
+        operator.get(everywhere).await.expect(200);
+        server.client().get(everywhere).await.expect(200);
+    }
+    for of_operators in ["/metrics", "/openapi.json", "/docs/", "/docs/openapi.json"] {
+        operator.get(of_operators).await.expect(200);
+        server.client().get(of_operators).await.expect(404).problem();
+    }
 }
 
 #[tokio::test]

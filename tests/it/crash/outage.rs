@@ -1,13 +1,16 @@
 //! The database goes away under load, and comes back.
 
+use std::net::TcpListener;
 use std::time::Duration;
 
+use futures::future::join;
+use reqwest::Method;
 use serde_json::json;
 
-use crate::support::client::ask;
+use crate::support::client::{Client, ask};
 use crate::support::ledger::Ledger;
 use crate::support::postgres::start_cluster;
-use crate::support::process::Database;
+use crate::support::process::{Database, Process};
 use crate::support::receiver::Mood;
 use crate::support::scene::Scene;
 use crate::support::senders::Senders;
@@ -54,6 +57,30 @@ async fn a_process_outlives_its_database_and_loses_nothing() {
     let ledger = Ledger::read(promised, &scene.client, "q", &scene.receiver, "/q").await;
     ledger.check();
     assert_eq!(ledger.kept.len(), ledger.promised.len(), "what was repeated was taken once");
+}
+
+#[tokio::test]
+async fn a_process_that_starts_before_its_database_lives_and_waits() {
+    let cluster = start_cluster().await;
+    cluster.stop_hard().await;
+    let database = Database::Postgres(cluster.url());
+    let free = TcpListener::bind("127.0.0.1:0").expect("a free port").local_addr();
+    let address = free.expect("a listener has an address");
+    let listen = address.to_string();
+    let flags = ["--listen", listen.as_str()];
+    let starts = Process::start(&database, &flags);
+    let meanwhile = async {
+        let client = Client::new(address);
+        let asked = || client.request(Method::GET, "/livez").send();
+        eventually("it lives", async || asked().await.is_ok_and(|it| it.status() == 200)).await;
+        client.get("/readyz").await.expect(503);
+        let refused = ask(client.message_to("q", "x")).await.expect(503);
+        refused.problem();
+        assert!(refused.header("retry-after").parse::<u32>().is_ok(), "{refused:?}");
+        cluster.start().await;
+    };
+    let (process, ()) = join(starts, meanwhile).await;
+    process.client().get("/readyz").await.expect(200);
 }
 
 async fn it_says_what_it_cannot_do(scene: &Scene) {

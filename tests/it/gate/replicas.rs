@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::support::client::{ask, text};
 use crate::support::process::{Database, Process};
-use crate::support::receiver::{Gate, Mood};
+use crate::support::receiver::{Delivery, Gate, Mood};
 use crate::support::scene::Scene;
 use crate::support::{eventually, eventually_within, never_within, pass};
 
@@ -157,6 +157,55 @@ async fn a_frozen_process_changes_nothing_when_it_thaws() {
     })
     .await;
     assert_eq!(scene.client.message(&id).await, done, "a late answer changes nothing");
+}
+
+#[tokio::test]
+async fn a_process_that_drains_for_long_keeps_its_leases() {
+    let (scene, mut other) = two_processes().await;
+    let settings =
+        json!({"concurrency": {"limit": 2, "scope": "cluster"}, "handler": {"timeout": "60s"}});
+    scene.queue_with("q", settings).await;
+    let gate = Gate::closed();
+    scene.receiver.set("/q", Mood::held(&gate));
+    send_many(&scene, 6).await;
+    scene.receiver.wait_for_open("/q", 2).await;
+    other.terminate().await;
+    // Longer than a process counts as alive without a word from it.
+    let more = || scene.receiver.open("/q") > 2;
+    never_within("more open than the limit", Duration::from_secs(8), more).await;
+    gate.open();
+    assert!(other.exit_within(Duration::from_secs(10)).await.success());
+    eventually("all are completed", async || {
+        scene.client.all("/v1/messages?queue=q&state=completed").await.len() == 6
+    })
+    .await;
+    assert_eq!(scene.receiver.count("/q"), 6, "each was delivered once");
+    for message in scene.client.all("/v1/messages?queue=q").await {
+        assert_eq!(
+            (&message["attempts"], &message["crashes"]),
+            (&json!(1), &json!(0)),
+            "{message}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_process_that_joins_under_load_gets_only_what_the_others_gave_up() {
+    let scene = Scene::with_flags(Database::postgres().await, &["--replica", "one"]).await;
+    let shared = json!({"concurrency": {"limit": 8, "scope": "cluster"}});
+    scene.queue_with("q", shared).await;
+    // So quick that its one process seldom has all eight open when it reports.
+    scene.receiver.set("/q", Mood::slow(Duration::from_millis(3)));
+    send_many(&scene, 1500).await;
+    scene.receiver.wait_for("/q", 50).await;
+    let _other = Process::start(&scene.database, &["--replica", "two"]).await;
+    send_many(&scene, 500).await;
+    let others = |one: &Delivery| one.header("pumphouse-replica") == "two";
+    eventually("the one that joined delivers", async || {
+        scene.receiver.deliveries("/q").iter().filter(|one| others(one)).count() > 20
+    })
+    .await;
+    assert!(scene.receiver.most_open("/q") <= 8, "{} open", scene.receiver.most_open("/q"));
 }
 
 async fn two_processes() -> (Scene, Process) {

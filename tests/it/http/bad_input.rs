@@ -19,230 +19,185 @@ const BATCH: &str = "/v1/queues/q/messages/batch";
 const QUEUE: &str = "/admin/v1/queues/q";
 const NOBODY: &str = "/v1/messages/0197a4c2-7d3e-7000-8000-000000000000";
 
-/// A request, and the statuses that are right for it.
-type Case = (
-    &'static str,
-    &'static str,
-    &'static [(&'static str, &'static str)],
-    &'static [u8],
-    &'static [u16],
-);
+/// A request, and the status that is right for it.
+type Case =
+    (&'static str, &'static str, &'static [(&'static str, &'static str)], &'static [u8], u16);
 
-/// What is asked, in the order: method, path, headers, body, right answers.
+/// What is asked, in the order: method, path, headers, body, right answer.
 const CASES: &[Case] = &[
     // Routes and methods.
-    ("GET", "/nothing", &[], b"", &[404]),
-    ("GET", "/v1", &[], b"", &[404]),
-    ("GET", "/v2/queues", &[], b"", &[404]),
-    ("GET", "/v1/queues/q/messages/../../../etc/passwd", &[], b"", &[404]),
-    ("GET", "/%2e%2e/%2e%2e/etc/passwd", &[], b"", &[404]),
-    ("PUT", SEND, &[], b"x", &[405]),
-    ("PATCH", SEND, &[], b"x", &[405]),
-    ("GET", BATCH, &[], b"", &[405]),
-    ("POST", "/livez", &[], b"", &[405]),
-    ("DELETE", "/metrics", &[], b"", &[405]),
-    ("TRACE", SEND, &[], b"", &[405]),
+    ("GET", "/nothing", &[], b"", 404),
+    ("GET", "/v1", &[], b"", 404),
+    ("GET", "/v2/queues", &[], b"", 404),
+    ("GET", "/v1/queues/q/messages/../../../etc/passwd", &[], b"", 404),
+    ("GET", "/%2e%2e/%2e%2e/etc/passwd", &[], b"", 404),
+    ("PUT", SEND, &[], b"x", 405),
+    ("PATCH", SEND, &[], b"x", 405),
+    ("GET", BATCH, &[], b"", 405),
+    ("POST", "/livez", &[], b"", 405),
+    ("DELETE", "/metrics", &[], b"", 405),
+    ("TRACE", SEND, &[], b"", 405),
     // Names.
-    ("POST", "/v1/queues/UPPER/messages", &[], b"x", &[404, 422]),
-    ("POST", "/v1/queues/%00/messages", &[], b"x", &[400, 404, 422]),
-    ("POST", "/v1/queues/%ff%fe/messages", &[], b"x", &[400, 404, 422]),
-    ("POST", "/v1/queues/a%20b/messages", &[], b"x", &[404, 422]),
-    ("POST", "/v1/queues/'%3Bdrop%20table%20messages%3B--/messages", &[], b"x", &[404, 422]),
-    ("PUT", "/admin/v1/queues/-x", &[("content-type", JSON)], b"{}", &[404, 422]),
-    ("PUT", "/admin/v1/queues/%F0%9F%98%80", &[("content-type", JSON)], b"{}", &[404, 422]),
-    ("POST", "/v1/queues/nobody/messages", &[], b"x", &[404]),
+    ("POST", "/v1/queues/UPPER/messages", &[], b"x", 422),
+    ("POST", "/v1/queues/%00/messages", &[], b"x", 422),
+    ("POST", "/v1/queues/%ff%fe/messages", &[], b"x", 400),
+    ("POST", "/v1/queues/a%20b/messages", &[], b"x", 422),
+    ("POST", "/v1/queues/'%3Bdrop%20table%20messages%3B--/messages", &[], b"x", 422),
+    ("PUT", "/admin/v1/queues/-x", &[("content-type", JSON)], b"{}", 422),
+    ("PUT", "/admin/v1/queues/%F0%9F%98%80", &[("content-type", JSON)], b"{}", 422),
+    ("POST", "/v1/queues/nobody/messages", &[], b"x", 404),
     // Ids.
-    ("GET", "/v1/messages/1", &[], b"", &[404, 422]),
-    ("GET", "/v1/messages/%00", &[], b"", &[400, 404, 422]),
-    ("GET", NOBODY, &[], b"", &[404]),
-    ("DELETE", NOBODY, &[], b"", &[404]),
+    ("GET", "/v1/messages/1", &[], b"", 404),
+    ("GET", "/v1/messages/%00", &[], b"", 404),
+    ("GET", NOBODY, &[], b"", 404),
+    ("DELETE", NOBODY, &[], b"", 404),
     // Options in headers.
-    ("POST", SEND, &[("pumphouse-delay", "soon")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-delay", "-1s")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-delay", "NaN")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-delay", "9223372036854775808")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-delay", "367d")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-deliver-at", "tomorrow")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-deliver-at", "9999-12-31T23:59:59Z")], b"x", &[422]),
+    ("POST", SEND, &[("pumphouse-delay", "soon")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-delay", "-1s")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-delay", "NaN")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-delay", "9223372036854775808")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-delay", "367d")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-deliver-at", "tomorrow")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-deliver-at", "9999-12-31T23:59:59Z")], b"x", 422),
     (
         "POST",
         SEND,
         &[("pumphouse-delay", "1s"), ("pumphouse-deliver-at", "2030-01-01T00:00:00Z")],
         b"x",
-        &[422],
+        422,
     ),
-    ("POST", SEND, &[("pumphouse-expires-in", "never")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-priority", "101")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-priority", "high")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-priority", "1e9")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-colour", "red")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-priority", "1"), ("pumphouse-priority", "2")], b"x", &[422]),
-    ("POST", SEND, &[("content-encoding", "gzip")], b"x", &[415]),
-    ("PATCH", QUEUE, &[("content-type", PATCH), ("content-encoding", "br")], b"{}", &[415]),
-    ("POST", SEND, &[("pumphouse-forward-host", "evil")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-forward-content-length", "1")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-forward-transfer-encoding", "chunked")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-forward-webhook-id", "1")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-forward-ce-id", "1")], b"x", &[422]),
-    ("POST", SEND, &[("pumphouse-forward-pumphouse-attempt", "1")], b"x", &[422]),
-    ("POST", SEND, &[("idempotency-key", "")], b"x", &[400, 422]),
-    ("POST", SEND, &[("idempotency-key", "\"open")], b"x", &[400, 422]),
+    ("POST", SEND, &[("pumphouse-expires-in", "never")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-priority", "101")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-priority", "high")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-priority", "1e9")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-colour", "red")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-priority", "1"), ("pumphouse-priority", "2")], b"x", 422),
+    ("POST", SEND, &[("content-encoding", "gzip")], b"x", 415),
+    ("PATCH", QUEUE, &[("content-type", PATCH), ("content-encoding", "br")], b"{}", 415),
+    ("POST", SEND, &[("pumphouse-forward-host", "evil")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-forward-content-length", "1")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-forward-transfer-encoding", "chunked")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-forward-webhook-id", "1")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-forward-ce-id", "1")], b"x", 422),
+    ("POST", SEND, &[("pumphouse-forward-pumphouse-attempt", "1")], b"x", 422),
+    ("POST", SEND, &[("idempotency-key", "")], b"x", 422),
+    ("POST", SEND, &[("idempotency-key", "\"open")], b"x", 422),
     // Envelopes.
-    ("POST", SEND, &[("content-type", ENVELOPE)], b"", &[400]),
-    ("POST", SEND, &[("content-type", ENVELOPE)], b"{", &[400]),
-    ("POST", SEND, &[("content-type", ENVELOPE)], b"\xff\xfe", &[400]),
-    ("POST", SEND, &[("content-type", ENVELOPE)], b"[]", &[422]),
-    ("POST", SEND, &[("content-type", ENVELOPE)], b"{}", &[422]),
-    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"colour\":\"red\"}", &[422]),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"", 400),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"{", 400),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"\xff\xfe", 400),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"[]", 422),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"{}", 422),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"colour\":\"red\"}", 422),
     (
         "POST",
         SEND,
         &[("content-type", ENVELOPE)],
         b"{\"payload\":1,\"payload_base64\":\"eA==\"}",
-        &[422],
+        422,
     ),
-    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload_base64\":\"?\"}", &[422]),
-    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"priority\":\"1\"}", &[422]),
-    (
-        "POST",
-        SEND,
-        &[("content-type", ENVELOPE)],
-        b"{\"payload\":1,\"priority\":1e400}",
-        &[400, 422],
-    ),
-    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"priority\":1.5}", &[422]),
-    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"delay\":-1}", &[422]),
-    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"delay\":1e300}", &[422]),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload_base64\":\"?\"}", 422),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"priority\":\"1\"}", 422),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"priority\":1e400}", 400),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"priority\":1.5}", 422),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"delay\":-1}", 422),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"delay\":1e300}", 422),
     (
         "POST",
         SEND,
         &[("content-type", ENVELOPE)],
         b"{\"payload\":1,\"headers\":{\"host\":\"x\"}}",
-        &[422],
+        422,
     ),
     (
         "POST",
         SEND,
         &[("content-type", ENVELOPE)],
         b"{\"payload\":1,\"headers\":{\"a b\":\"x\"}}",
-        &[422],
+        422,
     ),
     (
         "POST",
         SEND,
         &[("content-type", ENVELOPE)],
         b"{\"payload\":1,\"headers\":{\"a\":\"x\\r\\ny: z\"}}",
-        &[422],
+        422,
     ),
-    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"headers\":[]}", &[422]),
-    (
-        "POST",
-        SEND,
-        &[("content-type", ENVELOPE)],
-        b"{\"payload\":1,\"type\":\"a\\u0000b\"}",
-        &[422],
-    ),
-    (
-        "POST",
-        SEND,
-        &[("content-type", ENVELOPE)],
-        b"{\"payload\":1,\"type\":\"\\ud800\"}",
-        &[400, 422],
-    ),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"headers\":[]}", 422),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"type\":\"a\\u0000b\"}", 422),
+    ("POST", SEND, &[("content-type", ENVELOPE)], b"{\"payload\":1,\"type\":\"\\ud800\"}", 400),
     // Batches.
-    ("POST", BATCH, &[("content-type", JSON)], b"", &[400]),
-    ("POST", BATCH, &[("content-type", JSON)], b"nonsense", &[400]),
-    ("POST", BATCH, &[("content-type", JSON)], b"{\"messages\":{}}", &[422]),
-    ("POST", BATCH, &[("content-type", JSON)], b"{\"messages\":[],\"more\":1}", &[422]),
-    ("POST", BATCH, &[("content-type", JSON)], b"{\"messages\":[1],\"atomic\":true}", &[422]),
-    ("POST", BATCH, &[("content-type", "text/xml")], b"<!DOCTYPE a>", &[415]),
-    ("POST", BATCH, &[], b"x", &[415]),
-    (
-        "POST",
-        BATCH,
-        &[("content-type", NDJSON), ("idempotency-key", "")],
-        b"{\"payload\":1}",
-        &[400, 422],
-    ),
+    ("POST", BATCH, &[("content-type", JSON)], b"", 400),
+    ("POST", BATCH, &[("content-type", JSON)], b"nonsense", 400),
+    ("POST", BATCH, &[("content-type", JSON)], b"{\"messages\":{}}", 422),
+    ("POST", BATCH, &[("content-type", JSON)], b"{\"messages\":[],\"more\":1}", 422),
+    ("POST", BATCH, &[("content-type", JSON)], b"{\"messages\":[1],\"atomic\":true}", 422),
+    ("POST", BATCH, &[("content-type", "text/xml")], b"<!DOCTYPE a>", 415),
+    ("POST", BATCH, &[], b"x", 415),
+    ("POST", BATCH, &[("content-type", NDJSON), ("idempotency-key", "")], b"{\"payload\":1}", 422),
     // Settings.
-    ("PUT", QUEUE, &[("content-type", JSON)], b"", &[400]),
-    ("PUT", QUEUE, &[("content-type", JSON)], b"[1", &[400]),
-    ("PUT", QUEUE, &[("content-type", JSON)], b"\xc3\x28", &[400]),
-    ("PUT", QUEUE, &[("content-type", "text/plain")], b"{}", &[415]),
-    ("PUT", QUEUE, &[("content-type", JSON)], b"{\"colour\":\"red\"}", &[422]),
-    ("PUT", QUEUE, &[("content-type", JSON)], b"{\"concurrency\":{\"limit\":-1}}", &[422]),
-    ("PUT", QUEUE, &[("content-type", JSON)], b"{\"concurrency\":{\"limit\":100001}}", &[422]),
+    ("PUT", QUEUE, &[("content-type", JSON)], b"", 400),
+    ("PUT", QUEUE, &[("content-type", JSON)], b"[1", 400),
+    ("PUT", QUEUE, &[("content-type", JSON)], b"[]", 422),
+    ("PATCH", QUEUE, &[("content-type", PATCH)], b"[]", 422),
+    ("PUT", QUEUE, &[("content-type", JSON)], b"\xc3\x28", 400),
+    ("PUT", QUEUE, &[("content-type", "text/plain")], b"{}", 415),
+    ("PUT", QUEUE, &[("content-type", JSON)], b"{\"colour\":\"red\"}", 422),
+    ("PUT", QUEUE, &[("content-type", JSON)], b"{\"concurrency\":{\"limit\":-1}}", 422),
+    ("PUT", QUEUE, &[("content-type", JSON)], b"{\"concurrency\":{\"limit\":100001}}", 422),
     (
         "PUT",
         QUEUE,
         &[("content-type", JSON)],
         b"{\"handler\":{\"kind\":\"http\",\"url\":\"ftp://x\"}}",
-        &[422],
+        422,
     ),
     (
         "PUT",
         QUEUE,
         &[("content-type", JSON)],
         b"{\"handler\":{\"kind\":\"http\",\"url\":\"http://u:p@x\"}}",
-        &[422],
+        422,
     ),
-    (
-        "PUT",
-        QUEUE,
-        &[("content-type", JSON)],
-        b"{\"handler\":{\"kind\":\"carrier pigeon\"}}",
-        &[422],
-    ),
+    ("PUT", QUEUE, &[("content-type", JSON)], b"{\"handler\":{\"kind\":\"carrier pigeon\"}}", 422),
     (
         "PUT",
         QUEUE,
         &[("content-type", JSON)],
         b"{\"recovery\":{\"backoff\":{\"base\":\"soon\"}}}",
-        &[422],
+        422,
     ),
-    ("PATCH", QUEUE, &[("content-type", PATCH)], b"{\"lease\":\"1s\"}", &[422]),
-    ("PATCH", QUEUE, &[("content-type", PATCH)], b"{\"max_messages\":0}", &[422]),
-    ("PATCH", QUEUE, &[("content-type", PATCH)], b"{\"recovery\":{\"max_attempts\":0}}", &[422]),
-    ("PATCH", QUEUE, &[("content-type", PATCH)], b"{\"a\":", &[400]),
-    (
-        "POST",
-        "/admin/v1/queues/q/stop",
-        &[("content-type", JSON)],
-        b"{\"mode\":\"gently\"}",
-        &[422],
-    ),
-    (
-        "POST",
-        "/admin/v1/queues/q/stop",
-        &[("content-type", JSON)],
-        b"{\"deadline\":\"soon\"}",
-        &[422],
-    ),
-    ("POST", "/admin/v1/queues/nobody/stop", &[], b"", &[404]),
-    ("POST", "/admin/v1/queues/nobody/start", &[], b"", &[404]),
-    ("DELETE", "/admin/v1/queues/nobody", &[], b"", &[404]),
+    ("PATCH", QUEUE, &[("content-type", PATCH)], b"{\"lease\":\"1s\"}", 422),
+    ("PATCH", QUEUE, &[("content-type", PATCH)], b"{\"max_messages\":0}", 422),
+    ("PATCH", QUEUE, &[("content-type", PATCH)], b"{\"recovery\":{\"max_attempts\":0}}", 422),
+    ("PATCH", QUEUE, &[("content-type", PATCH)], b"{\"a\":", 400),
+    ("POST", "/admin/v1/queues/q/stop", &[("content-type", JSON)], b"{\"mode\":\"gently\"}", 422),
+    ("POST", "/admin/v1/queues/q/stop", &[("content-type", JSON)], b"{\"deadline\":\"soon\"}", 422),
+    ("POST", "/admin/v1/queues/nobody/stop", &[], b"", 404),
+    ("POST", "/admin/v1/queues/nobody/start", &[], b"", 404),
+    ("DELETE", "/admin/v1/queues/nobody", &[], b"", 404),
     (
         "PATCH",
         "/admin/v1/pump",
         &[("content-type", PATCH)],
         b"{\"concurrency\":{\"limit\":\"many\"}}",
-        &[422],
+        422,
     ),
     // Lists.
-    ("GET", "/v1/messages?limit=0", &[], b"", &[422]),
-    ("GET", "/v1/messages?limit=many", &[], b"", &[422]),
-    ("GET", "/v1/messages?limit=-1", &[], b"", &[422]),
-    ("GET", "/v1/messages?cursor=nonsense", &[], b"", &[422]),
-    ("GET", "/v1/messages?cursor=%00%ff", &[], b"", &[400, 422]),
-    ("GET", "/v1/messages?state=gone", &[], b"", &[422]),
-    ("GET", "/v1/messages?queue=NO", &[], b"", &[422]),
-    ("GET", "/v1/messages?type=%00", &[], b"", &[422]),
-    ("GET", "/v1/messages?correlation_id=", &[], b"", &[422]),
-    ("GET", "/admin/v1/dead-letters?type=a%0Ab", &[], b"", &[422]),
-    ("GET", "/v1/messages?since=yesterday", &[], b"", &[422]),
-    ("GET", "/v1/messages?colour=red", &[], b"", &[422]),
-    ("GET", "/admin/v1/dead-letters?cursor=!!", &[], b"", &[422]),
-    ("POST", "/admin/v1/dead-letters/nonsense/redrive", &[], b"", &[404, 422]),
+    ("GET", "/v1/messages?limit=0", &[], b"", 422),
+    ("GET", "/v1/messages?limit=many", &[], b"", 422),
+    ("GET", "/v1/messages?limit=-1", &[], b"", 422),
+    ("GET", "/v1/messages?cursor=nonsense", &[], b"", 422),
+    ("GET", "/v1/messages?cursor=%00%ff", &[], b"", 422),
+    ("GET", "/v1/messages?state=gone", &[], b"", 422),
+    ("GET", "/v1/messages?queue=NO", &[], b"", 422),
+    ("GET", "/v1/messages?type=%00", &[], b"", 422),
+    ("GET", "/v1/messages?correlation_id=", &[], b"", 422),
+    ("GET", "/admin/v1/dead-letters?type=a%0Ab", &[], b"", 422),
+    ("GET", "/v1/messages?since=yesterday", &[], b"", 422),
+    ("GET", "/v1/messages?colour=red", &[], b"", 422),
+    ("GET", "/admin/v1/dead-letters?cursor=!!", &[], b"", 422),
+    ("POST", "/admin/v1/dead-letters/nonsense/redrive", &[], b"", 404),
 ];
 
 #[tokio::test]
@@ -256,11 +211,11 @@ async fn bad_requests_are_answered_as_they_deserve_and_change_nothing() {
         let answer = exchange(&scene, method, path, headers, body).await;
         let what = format!("{method} {path} {headers:?} {:?}", String::from_utf8_lossy(body));
         match answer {
-            Some(answer) if right.contains(&answer.status()) => {
+            Some(answer) if answer.status() == *right => {
                 wrong.extend(no_problem(&answer).map(|why| format!("{what}: {why}")));
             }
             Some(answer) => wrong.push(format!(
-                "{what}: {} {}, not {right:?}",
+                "{what}: {} {}, not {right}",
                 answer.status(),
                 String::from_utf8_lossy(&answer.body)
             )),
@@ -304,29 +259,28 @@ async fn a_body_that_is_too_large_is_refused_announced_or_not() {
     let chunks = futures::stream::iter(chunks.collect::<Vec<_>>());
     let streamed = scene.client.message_to("q", reqwest::Body::wrap_stream(chunks));
     ask(streamed).await.expect(413).problem();
-    let huge = format!("POST {SEND} HTTP/1.1\r\nhost: x\r\ncontent-length: 10000000000\r\n\r\n");
+    let huge =
+        format!("POST {SEND} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10000000000\r\n\r\n");
     let answer = send_bytes(scene.process.address(), huge.as_bytes()).await.expect("an answer");
     assert_eq!(answer.status(), 413, "refused before the body comes");
     assert_eq!(scene.client.all("/v1/messages?queue=q").await.len(), 1);
 }
 
 #[tokio::test]
-async fn deep_json_is_a_payload_like_any_other_or_refused() {
+async fn deep_json_is_a_payload_like_any_other_and_no_settings() {
     let scene = Scene::new().await;
     scene.queue("q").await;
-    for depth in [100, 126, 1_000, 100_000] {
+    for (depth, as_settings) in [(100, 422), (120, 422), (1_000, 400), (100_000, 400)] {
         let deep = format!("{}{}", "[".repeat(depth), "]".repeat(depth));
         let raw = scene.client.message_to("q", deep.clone()).header("content-type", JSON);
         let id = ask(raw).await.expect(201).id();
         scene.client.get(&format!("/v1/messages/{id}")).await.expect(200);
         let envelope = format!("{{\"payload\": {deep}}}");
         let request = scene.client.message_to("q", envelope).header("content-type", ENVELOPE);
-        let answer = ask(request).await;
-        assert!(matches!(answer.status, 201 | 400 | 422), "{depth}: {answer:?}");
+        ask(request).await.expect(201);
         let settings = format!("{{\"handler\": {deep}}}");
         let request = scene.client.request(reqwest::Method::PUT, QUEUE).body(settings);
-        let answer = ask(request.header("content-type", JSON)).await;
-        assert!(matches!(answer.status, 400 | 422), "{depth}: {answer:?}");
+        ask(request.header("content-type", JSON)).await.expect(as_settings).problem();
     }
     scene.client.all("/v1/messages?queue=q&include=payload").await;
 }
@@ -343,9 +297,9 @@ async fn what_is_no_http_ends_its_own_connection_only() {
         b"*1\r\n$4\r\nPING\r\n\r\n",
         b"GET\r\n\r\n",
         b"GET / HTTP/9.9\r\n\r\n",
-        b"POST /v1/queues/q/messages HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nx",
-        b"POST /v1/queues/q/messages HTTP/1.1\r\nhost: x\r\ncontent-length: x\r\n\r\nx",
-        b"POST /v1/queues/q/messages HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n\r\n",
+        b"POST /v1/queues/q/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: 1\r\ncontent-length: 2\r\n\r\nx",
+        b"POST /v1/queues/q/messages HTTP/1.1\r\nhost: localhost\r\ncontent-length: x\r\n\r\nx",
+        b"POST /v1/queues/q/messages HTTP/1.1\r\nhost: localhost\r\ntransfer-encoding: chunked\r\n\r\nzz\r\n\r\n",
     ];
     for bytes in cases {
         let mut stream = TcpStream::connect(scene.process.address()).await.expect("it listens");
@@ -385,7 +339,8 @@ async fn a_message_is_whole_or_nothing_when_its_sender_vanishes() {
     scene.queue("q").await;
     for _ in 0..20 {
         let mut stream = TcpStream::connect(scene.process.address()).await.expect("it listens");
-        let half = format!("POST {SEND} HTTP/1.1\r\nhost: x\r\ncontent-length: 10\r\n\r\nhalf");
+        let half =
+            format!("POST {SEND} HTTP/1.1\r\nhost: localhost\r\ncontent-length: 10\r\n\r\nhalf");
         stream.write_all(half.as_bytes()).await.expect("a few bytes fit");
     }
     let soon = Duration::from_secs(2);

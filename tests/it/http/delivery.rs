@@ -46,12 +46,13 @@ async fn a_handler_gets_the_headers_of_the_protocol() {
 async fn a_header_that_is_not_plain_ascii_is_percent_encoded() {
     let scene = Scene::new().await;
     scene.queue("q").await;
-    let envelope =
-        json!({"payload": 1, "type": "gr\u{fc}\u{df}e", "headers": {"x-name": "Zo\u{eb}"}});
+    let headers = json!({"x-name": "50% Zo\u{eb}", "x-plain": "50% \"off\""});
+    let envelope = json!({"payload": 1, "type": "100% gr\u{fc}\u{df}e", "headers": headers});
     scene.client.send_envelope("q", &envelope).await;
     let delivery = scene.receiver.wait_for("/q", 1).await.remove(0);
-    assert_eq!(delivery.header("ce-type"), "gr%C3%BC%C3%9Fe");
-    assert_eq!(delivery.header("x-name"), "Zo%C3%AB");
+    assert_eq!(delivery.header("ce-type"), "100%25%20gr%C3%BC%C3%9Fe");
+    assert_eq!(delivery.header("x-name"), "50%25%20Zo%C3%AB");
+    assert_eq!(delivery.header("x-plain"), "50% \"off\"");
 }
 
 #[tokio::test]
@@ -83,6 +84,16 @@ async fn a_verdict_in_a_header_stands_above_the_status() {
     after_one_answer(&scene, verdict(503, "dead_letter"), "dead_lettered", "dead").await;
     after_one_answer(&scene, verdict(200, "discard"), "discarded", "discarded").await;
     after_one_answer(&scene, verdict(500, "discard"), "discarded", "discarded").await;
+}
+
+#[tokio::test]
+async fn messages_in_an_answer_are_not_lost_in_silence() {
+    let scene = Scene::new().await;
+    let sends =
+        |reply: Reply| reply.header("content-type", "application/vnd.pumphouse.messages+json");
+    after_one_answer(&scene, sends(Reply::new(200)), "failed", "completed").await;
+    let acks = Reply::new(200).header("Pumphouse-Verdict", "ack");
+    after_one_answer(&scene, sends(acks), "failed", "completed").await;
 }
 
 #[tokio::test]

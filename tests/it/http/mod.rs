@@ -7,6 +7,7 @@ mod sending;
 mod batches;
 mod repeats;
 mod bad_input;
+mod strangers;
 mod reading;
 mod queues;
 mod delivery;

@@ -62,6 +62,41 @@ async fn the_documentation_needs_nothing_from_outside() {
 }
 
 #[tokio::test]
+async fn every_problem_points_at_its_page() {
+    let scene = Scene::new().await;
+    let problem = scene.client.get("/docs/nothing").await.expect(404);
+    assert_eq!(problem.problem(), "not-found");
+    let page = scene.client.get(&text(&problem.json(), "/type")).await.expect(200);
+    assert!(page.text().contains("`not-found`"), "{}", page.text());
+    scene.client.get("/docs/problems/nothing").await.expect(404).problem();
+}
+
+#[tokio::test]
+async fn the_description_says_what_is_answered_and_taken() {
+    let scene = Scene::new().await;
+    let document = scene.client.get("/openapi.json").await.expect(200).json();
+    let operations =
+        document["paths"].as_object().expect("paths").iter().flat_map(|(path, item)| {
+            let methods = item.as_object().expect("an item").iter();
+            methods.map(move |(method, operation)| (format!("{method} {path}"), operation))
+        });
+    for (operation, description) in operations {
+        for status in ["4XX", "5XX"] {
+            let media_types = &description["responses"][status]["content"];
+            assert!(media_types["application/problem+json"].is_object(), "{operation} {status}");
+        }
+    }
+    let payload = &document["components"]["schemas"]["Envelope"]["properties"]["payload"];
+    assert!(payload.is_object() && payload.get("type").is_none(), "any JSON: {payload}");
+    // What a GET shows can be put back, by the schema too.
+    scene.queue("q").await;
+    let taken = &document["components"]["schemas"]["SettingsBody"]["properties"];
+    for member in scene.client.queue("q").await.as_object().expect("a queue").keys() {
+        assert!(taken.get(member).is_some(), "{member} is in the schema of a PUT");
+    }
+}
+
+#[tokio::test]
 async fn every_metric_is_shown_with_its_help() {
     let scene = Scene::new().await;
     scene.queue("q").await;

@@ -123,6 +123,42 @@ async fn a_batch_that_is_repeated_is_taken_once() {
 }
 
 #[tokio::test]
+async fn a_whole_batch_that_is_repeated_says_so() {
+    let scene = Scene::new().await;
+    scene.queue("once").await;
+    let send = async |atomic: bool| {
+        let path = "/v1/queues/once/messages/batch";
+        let request = scene.client.request(reqwest::Method::POST, path);
+        let batch = json!({"messages": [{"payload": 1}, {"payload": 2}], "atomic": atomic});
+        ask(request.header("Idempotency-Key", "batch-1").json(&batch)).await
+    };
+    let first = send(true).await.expect(201);
+    let again = send(true).await.expect(200);
+    assert_eq!(again.header("idempotency-replayed"), "true");
+    assert_eq!(again.ids(), first.ids());
+    assert_eq!(send(false).await.expect(422).problem(), "idempotency-key-reused");
+}
+
+#[tokio::test]
+async fn a_batch_in_another_form_is_another_request() {
+    let scene = Scene::new().await;
+    scene.queue("once").await;
+    let send = async |query: &str, media_type: &str| {
+        let path = format!("/v1/queues/once/messages/batch{query}");
+        let request = scene.client.request(reqwest::Method::POST, &path);
+        let request = request.header("content-type", media_type).body("{\"payload\":1}\n");
+        ask(request.header("Idempotency-Key", "batch-1")).await
+    };
+    send("", "application/x-ndjson").await.expect(207);
+    for (query, media_type) in [("?atomic=true", "application/x-ndjson"), ("", "application/jsonl")]
+    {
+        let answer = send(query, media_type).await.expect(422);
+        assert_eq!(answer.problem(), "idempotency-key-reused");
+    }
+    assert_eq!(scene.client.all("/v1/messages?queue=once").await.len(), 1);
+}
+
+#[tokio::test]
 async fn keys_in_a_batch_cover_their_items() {
     let scene = Scene::new().await;
     scene.queue("once").await;

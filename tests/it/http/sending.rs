@@ -232,6 +232,10 @@ async fn an_unknown_queue_is_made_only_where_that_is_wanted() {
     let id = eager.client.send("new", "x").await;
     assert_eq!(eager.client.state(&id).await, "ready");
     assert_eq!(eager.client.queue("new").await["handler"]["kind"], "pull");
+    eventually("a warning names it", async || {
+        eager.process.log().lines().any(|line| line.contains("WARN") && line.contains("queue=new"))
+    })
+    .await;
 }
 
 fn the_options_arrived(delivery: &Delivery, trace: &str) {
@@ -265,4 +269,107 @@ async fn scene_time(scene: &Scene) -> Timestamp {
     let now = text(&receipt, "/enqueued_at").parse::<Timestamp>().expect("RFC 3339");
     // So far ahead that the four requests before it are answered.
     now + Duration::from_millis(1200)
+}
+
+#[tokio::test]
+async fn a_trace_goes_along_with_every_form() {
+    let scene = Scene::new().await;
+    scene.queue("traced").await;
+    let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let plain = scene.client.message_to("traced", "x");
+    let envelope = scene.client.message_to("traced", "{\"payload\": 1}");
+    let batch = scene.client.batch("traced", "{\"payload\": 2}\n{\"payload\": 3}\n");
+    for request in [plain, envelope.header("content-type", ENVELOPE), batch] {
+        let request = request.header("traceparent", trace).header("tracestate", "vendor=1");
+        let answer = ask(request.header("baggage", "user=ada")).await;
+        assert!(matches!(answer.status, 201 | 207), "{answer:?}");
+    }
+    for delivery in scene.receiver.wait_for("/traced", 4).await {
+        assert!(delivery.header("traceparent").starts_with(&trace[..36]), "{delivery:?}");
+        assert_eq!(delivery.header("tracestate"), "vendor=1");
+        assert_eq!(delivery.header("baggage"), "user=ada");
+    }
+}
+
+#[tokio::test]
+async fn a_trace_that_is_too_long_costs_the_trace_and_not_the_message() {
+    let scene = Scene::new().await;
+    scene.queue("traced").await;
+    for (name, longest) in [("tracestate", 512), ("baggage", 8192)] {
+        for (length, kept) in [(longest, true), (longest + 1, false)] {
+            let value = format!("k={}", "v".repeat(length - 2));
+            let request = scene.client.message_to("traced", "x").header(name, &value);
+            let request = request
+                .header("traceparent", "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01");
+            let id = ask(request).await.expect(201).id();
+            let delivery = &scene.receiver.wait_for_message(&id).await[0];
+            assert_eq!(delivery.header(name) == value, kept, "{name} of {length} bytes");
+        }
+    }
+    let request = scene.client.message_to("traced", "x").header("traceparent", "0".repeat(513));
+    ask(request).await.expect(201);
+}
+
+#[tokio::test]
+async fn an_event_is_refused_in_every_form() {
+    let scene = Scene::new().await;
+    scene.queue_with("q", json!({"concurrency": {"limit": 0}})).await;
+    let plain = scene.client.message_to("q", "x");
+    let envelope = scene.client.message_to("q", "{\"payload\": 1}");
+    let batch = scene.client.batch("q", "{\"payload\": 2}\n");
+    for request in [plain, envelope.header("content-type", ENVELOPE), batch] {
+        let answer = ask(request.header("ce-id", "1")).await.expect(422);
+        assert_eq!(answer.problem(), "not-available");
+    }
+    assert_eq!(scene.client.all("/v1/messages?queue=q").await.len(), 0);
+}
+
+#[tokio::test]
+async fn a_time_is_no_further_away_than_a_delay_may_be() {
+    let scene = Scene::new().await;
+    scene.queue_with("q", json!({"concurrency": {"limit": 0}})).await;
+    let far = "5000-01-01T00:00:00Z";
+    for option in ["deliver_at", "expires_at"] {
+        let header = format!("pumphouse-{}", option.replace('_', "-"));
+        let answer = ask(scene.client.message_to("q", "x").header(&header, far)).await;
+        assert_eq!(answer.expect(422).pointers(), [header]);
+        let request = scene.client.message_to("q", json!({"payload": 1, option: far}).to_string());
+        let answer = ask(request.header("content-type", ENVELOPE)).await;
+        assert_eq!(answer.expect(422).pointers(), [format!("/{option}")]);
+    }
+    let id = scene.client.send_envelope("q", &json!({"payload": 1, "delay": "366d"})).await;
+    let path = format!("/v1/messages/{id}");
+    let answer = scene.client.patch(&path, &json!({"deliver_at": far})).await.expect(422);
+    assert_eq!(answer.pointers(), ["/deliver_at"]);
+    let soon = scene_time(&scene).await + SignedDuration::from_hours(24 * 365);
+    scene.client.patch(&path, &json!({"deliver_at": soon.to_string()})).await.expect(200);
+}
+
+#[tokio::test]
+async fn a_mistake_is_named_as_the_sender_wrote_it() {
+    let scene = Scene::new().await;
+    scene.queue_with("q", json!({"concurrency": {"limit": 0}})).await;
+    let long = "x".repeat(256);
+    for (header, value) in [
+        ("pumphouse-type", long.as_str()),
+        ("pumphouse-correlation-id", &long),
+        ("pumphouse-causation-id", &long),
+        ("pumphouse-expires-in", "367d"),
+        ("pumphouse-forward-host", "x"),
+        ("content-type", &long),
+    ] {
+        let answer = ask(scene.client.message_to("q", "x").header(header, value)).await;
+        let pointers = answer.expect(422).pointers();
+        assert!(pointers.len() == 1 && pointers[0].eq_ignore_ascii_case(header), "{pointers:?}");
+    }
+    for (envelope, pointer) in [
+        (json!({"payload": 1, "type": long}), "/type"),
+        (json!({"payload": 1, "expires_in": "367d"}), "/expires_in"),
+        (json!({"payload": 1, "headers": {"Host": "x"}}), "/headers/Host"),
+        (json!({"payload": 1, "headers": {"a/b~": "x"}}), "/headers/a~1b~0"),
+    ] {
+        let request = scene.client.message_to("q", envelope.to_string());
+        let answer = ask(request.header("content-type", ENVELOPE)).await;
+        assert_eq!(answer.expect(422).pointers(), [pointer]);
+    }
 }

@@ -25,6 +25,8 @@ mod one_file;
 mod plans_postgres;
 mod replicas;
 mod adversity;
+mod frozen;
+mod broken_rows;
 
 /// How long one promise may take; a store that hangs is a store that fails.
 const PROMISE_MAX: std::time::Duration = std::time::Duration::from_secs(120);
@@ -112,6 +114,7 @@ macro_rules! conformance {
             a_release_counts_nothing_and_uses_up_the_number,
             numbers_of_attempts_are_never_used_twice,
             the_record_of_a_delivery_is_kept_the_latest_first,
+            of_two_records_of_one_attempt_the_first_counts,
             a_delivery_that_never_started_leaves_no_record,
             a_second_settlement_changes_nothing,
             an_old_token_changes_nothing_and_sends_nothing,
@@ -164,6 +167,7 @@ macro_rules! conformance {
             only_what_waits_can_be_amended,
             a_dead_letter_that_is_redriven_starts_anew,
             redriven_messages_line_up_behind_what_is_due,
+            a_redriven_message_does_not_expire_at_once,
             redriving_takes_the_oldest_and_no_more_than_asked,
             redriving_takes_what_the_filter_means,
             a_dead_letter_can_be_deleted,

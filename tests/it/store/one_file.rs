@@ -6,9 +6,10 @@ use futures::FutureExt;
 use futures::future::join_all;
 use jiff::Timestamp;
 use pumphouse::clock::ManualClock;
-use pumphouse::model::{DeliveryRecord, NewMessage, Outcome, Settlement, State};
+use pumphouse::model::{DeliveryRecord, Idempotency, NewMessage, Outcome, Settlement, State};
 use pumphouse::store::{
-    Amendment, Attendance, EnqueueOutcome, Enqueued, Error, Settle, Settled, Sqlite, Store,
+    Amended, Amendment, Attendance, EnqueueOutcome, Enqueued, Error, Filter, Promoted, Settle,
+    Settled, Sqlite, Store,
 };
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions, SqliteConnection};
@@ -279,6 +280,31 @@ async fn a_message_that_cannot_be_read_is_set_aside_and_the_next_is_taken() {
     assert!(reason.contains("cannot be read"), "{reason}");
 }
 
+#[tokio::test]
+async fn a_message_whose_name_cannot_be_read_stands_in_nobodys_way() {
+    let ground = Ground::new();
+    let stage = ground.stage().await;
+    let queue = stage.queue("letters").await;
+    stage.send_and_settle(&queue, dead_letter("a test")).await;
+    let whole = stage.send_and_settle(&queue, dead_letter("a test")).await;
+    stage.send_to(&queue, "lost").await;
+    stage.lose_a_lease(&queue).await;
+    let mut back_door = ground.back_door().await;
+    for damage in [
+        "update message set id = x'00' where seq = 1",
+        "update message set id = x'01', replica = '' where seq = 3",
+    ] {
+        sqlx::query(damage).execute(&mut back_door).await.unwrap();
+    }
+    assert_eq!(stage.list(&Filter::default(), ALL).await.len(), 3);
+    assert_eq!(stage.store.reap(ALL).await.unwrap().len(), 1);
+    let redriven = stage.store.redrive(Filter::default(), ALL).await.unwrap();
+    assert_eq!((redriven.len(), redriven[1]), (2, whole));
+    let leased = stage.claim(&queue, ALL).await;
+    assert_eq!(leased.iter().map(|leased| leased.lease.id).collect::<Vec<_>>(), [whole]);
+    assert_eq!(stage.depth(&queue).await.dead, 2);
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_claim_that_nobody_waits_for_any_more_holds_nothing() {
     let ground = Ground::new();
@@ -347,13 +373,63 @@ async fn counts_are_true_whatever_happens() {
 /// Counts all messages one by one, and compares that with what the store says.
 async fn assert_counts_are_true(ground: &Ground) {
     let mut back_door = ground.back_door().await;
-    let counted =
-        "select queue_id, state, count(*) from message group by queue_id, state order by 1, 2";
+    let counted = "select queue_id, state, count(*) from message
+        where queue_id in (select id from queue) group by queue_id, state order by 1, 2";
     let kept = "select queue_id, state, n from tally where n <> 0 order by 1, 2";
     let counted: Vec<(i64, i64, i64)> =
         sqlx::query_as(counted).fetch_all(&mut back_door).await.unwrap();
     let kept: Vec<(i64, i64, i64)> = sqlx::query_as(kept).fetch_all(&mut back_door).await.unwrap();
     assert_eq!(kept, counted);
+}
+
+#[tokio::test]
+async fn a_deleted_queue_is_gone_at_once_and_its_rows_bit_by_bit() {
+    let ground = Ground::new();
+    let stage = ground.stage().await;
+    let queue = stage.queue("letters").await;
+    let key = Idempotency::new("test", "k", [1; 32]);
+    let mut all = (0..20).map(|_| message(&queue, "text")).collect::<Vec<_>>();
+    all.push(NewMessage { keys: vec![key], ..message(&queue, "with a key") });
+    all.push(message_in(&queue, "later", SHORT));
+    let ids = all.iter().map(|message| message.id).collect::<Vec<_>>();
+    stage.send_all(all.clone()).await;
+    let leased = stage.claim(&queue, 3).await;
+    stage.must_settle(&leased[0], dead_letter("a test")).await;
+    stage.store.delete_queue(&queue, true, Default::default()).await.unwrap();
+
+    assert_eq!(
+        stage.store.settle(settle(&leased[1], Settlement::Ack, vec![])).await.unwrap(),
+        Settled::LeaseLost
+    );
+    assert_eq!(stage.store.renew(vec![leased[2].lease.clone()], LONG).await.unwrap(), [false]);
+    stage.pass(LONG).await;
+    assert_eq!(stage.store.promote(ALL).await.unwrap(), Promoted { count: 0, next: None });
+    assert_eq!(stage.store.reap(ALL).await.unwrap(), []);
+    assert_eq!(stage.store.redrive(Filter::default(), ALL).await.unwrap(), []);
+    assert_eq!(stage.list(&Filter::default(), ALL).await, []);
+    for id in ids {
+        assert_eq!(stage.look(id).await, None);
+        assert_eq!(stage.store.payload(id).await.unwrap(), None);
+        assert_eq!(stage.store.amend(id, Amendment::Cancel).await.unwrap(), Amended::NoSuchMessage);
+        assert_eq!(stage.store.delete_dead(id).await.unwrap(), Amended::NoSuchMessage);
+    }
+    // Another queue of that name knows nothing of it, neither names nor keys.
+    stage.queue("letters").await;
+    let again = stage.send_all(all[15..21].to_vec()).await;
+    assert!(again.iter().all(|answer| matches!(answer, Enqueued::New(_))), "{again:?}");
+
+    let mut sweeps = 0;
+    while stage.store.sweep(3).await.unwrap().more {
+        sweeps += 1;
+    }
+    assert!(sweeps >= 4, "a sweep takes a few rows: {sweeps}");
+    let mut back_door = ground.back_door().await;
+    let left = "select (select count(*) from doomed), (select count(*) from message),
+        (select count(*) from content), (select count(*) from delivery), (select count(*) from idempotency)";
+    let left: (i64, i64, i64, i64, i64) =
+        sqlx::query_as(left).fetch_one(&mut back_door).await.unwrap();
+    assert_eq!(left, (0, 6, 6, 0, 1));
+    assert_counts_are_true(&ground).await;
 }
 
 #[tokio::test]

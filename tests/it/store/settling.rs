@@ -145,6 +145,19 @@ pub(crate) async fn the_record_of_a_delivery_is_kept_the_latest_first(stage: Sta
     assert_eq!(stage.deliveries(id).await, [second, first]);
 }
 
+pub(crate) async fn of_two_records_of_one_attempt_the_first_counts(stage: Stage) {
+    let queue = stage.queue("letters").await;
+    let id = stage.send_to(&queue, "two words").await;
+    let leased = stage.claim_one(&queue).await;
+    stage.must_settle(&leased, retry_at_once()).await;
+    let first = stage.deliveries(id).await;
+    let again = stage.claim_one(&queue).await;
+    let second = Some(DeliveryRecord { status: Some(500), ..delivery(&leased, Outcome::Failed) });
+    let acked = Settle { delivery: second, ..settle(&again, Settlement::Ack, vec![]) };
+    assert!(matches!(stage.store.settle(acked).await.unwrap(), Settled::Done { .. }));
+    assert_eq!(stage.deliveries(id).await, first);
+}
+
 pub(crate) async fn a_delivery_that_never_started_leaves_no_record(stage: Stage) {
     let queue = stage.queue("letters").await;
     let id = stage.send_to(&queue, "prefetched").await;

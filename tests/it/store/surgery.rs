@@ -1,6 +1,7 @@
 //! Promises about the operator's hand on messages: amend, redrive, delete, purge.
 
 use std::collections::BTreeSet;
+use std::time::Duration;
 
 use pumphouse::model::{MessageId, NewMessage, QueueName, Settlement, State, Tries, When};
 use pumphouse::store::{Amended, Amendment, Filter};
@@ -145,6 +146,27 @@ pub(crate) async fn redriven_messages_line_up_behind_what_is_due(stage: Stage) {
     stage.pass(SHORT).await;
     stage.store.redrive(of_queue(&queue), ALL).await.unwrap();
     assert_eq!(bodies_of(&stage.claim(&queue, ALL).await), ["fresh", "dead"]);
+}
+
+pub(crate) async fn a_redriven_message_does_not_expire_at_once(stage: Stage) {
+    let queue = stage.queue("letters").await;
+    // Long enough to be claimed in time on a busy machine.
+    let life = Duration::from_secs(4);
+    let brief = NewMessage { expires: Some(When::In(life)), ..message(&queue, "brief") };
+    let brief = stage.send(brief).await.id;
+    let lasting = NewMessage { expires: Some(When::In(LONG)), ..message(&queue, "lasting") };
+    let lasting = stage.send(lasting).await.id;
+    for leased in stage.claim(&queue, 2).await {
+        stage.must_settle(&leased, dead_letter("a test")).await;
+    }
+    let expires_at = stage.record(lasting).await.head.expires_at;
+    assert!(expires_at.is_some());
+    stage.pass(life).await;
+    assert_eq!(stage.store.redrive(of_queue(&queue), ALL).await.unwrap(), [brief, lasting]);
+    assert_eq!(stage.record(brief).await.head.expires_at, None);
+    assert_eq!(stage.record(lasting).await.head.expires_at, expires_at, "it is still to come");
+    assert_eq!(stage.store.sweep(ALL).await.unwrap().expired, []);
+    assert_eq!(bodies_of(&stage.claim(&queue, ALL).await), ["brief", "lasting"]);
 }
 
 pub(crate) async fn redriving_takes_the_oldest_and_no_more_than_asked(stage: Stage) {

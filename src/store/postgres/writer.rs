@@ -1,6 +1,6 @@
 //! Where calls gather that share a transaction: group commit.
 //!
-//! A desk has one connection and one task. While it commits, calls wait; then it takes all that wait,
+//! A writer has one connection and one task. While it commits, calls wait; then it takes all that wait,
 //! so that a commit costs the same for one call as for hundreds. It adds no delay of its own. Where a
 //! batch fails, each of its calls is done alone, so that only the one that is to blame fails.
 
@@ -54,7 +54,7 @@ pub(super) trait Batch: Send + Sync + 'static {
 pub(super) type Committed<A> = Result<(Vec<A>, Word), Trouble>;
 
 /// Where calls of one kind are handed in.
-pub(super) struct Desk<B: Batch> {
+pub(super) struct Writer<B: Batch> {
     calls: mpsc::Sender<Waiting<B>>,
 }
 
@@ -63,14 +63,14 @@ struct Waiting<B: Batch> {
     reply: oneshot::Sender<Result<B::Answer>>,
 }
 
-impl<B: Batch> fmt::Debug for Desk<B> {
+impl<B: Batch> fmt::Debug for Writer<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Desk").field("kind", &B::NAME).finish()
+        f.debug_struct("Writer").field("kind", &B::NAME).finish()
     }
 }
 
-impl<B: Batch> Desk<B> {
-    /// Opens a desk. Once told to stop, it takes no more calls and does those that wait.
+impl<B: Batch> Writer<B> {
+    /// Opens a writer. Once told to stop, it takes no more calls and does those that wait.
     pub(super) fn open(
         tasks: &TaskTracker,
         options: PgConnectOptions,
@@ -92,7 +92,7 @@ impl<B: Batch> Desk<B> {
     }
 }
 
-/// Who sits at the desk.
+/// The task behind a writer.
 struct Clerk<B: Batch> {
     waiting: mpsc::Receiver<Waiting<B>>,
     line: Line,

@@ -1,0 +1,256 @@
+//! Brings the pumps of this process in line with what the store wants: which queues there are, how they
+//! are set, who is stopped. Whenever something changed, and, if a word of it was lost, within a second.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+use tokio::sync::Semaphore;
+
+use crate::deliver::{self, Surroundings};
+use crate::model::{self, QueueName, QueueRecord, QueueSettings, RunState, Stopped};
+use crate::store;
+use crate::telemetry::metrics::QueueMeters;
+
+use super::gate::Gate;
+use super::house::{House, Stop, StopReport};
+use super::round::{self, Mode, Round};
+use super::{QueuePump, SETTLEMENTS_WAITING_MAX, Setup};
+
+impl House {
+    /// Brings the pumps in line whenever something changed, and shows that this process is alive.
+    pub(super) async fn keep_in_line(self: Arc<Self>) {
+        let mut news = self.store.news().of_settings();
+        let mut wait = ATTEND_EVERY;
+        loop {
+            let told = tokio::time::timeout(wait, news.changed());
+            let Some(told) = self.leaving.run_until_cancelled(told).await else { return };
+            news.mark_unchanged();
+            let looked = match told {
+                Ok(_) => self.line_up_and_attend().await,
+                Err(_) => self.attend_and_line_up_if_changed().await,
+            };
+            wait = match looked {
+                Ok(true) => ATTEND_WHILE_WAITING,
+                Ok(false) => ATTEND_EVERY,
+                Err(error) => {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(error, "cannot look at the queues; trying again");
+                    ATTEND_EVERY
+                }
+            };
+            self.store.news().forget_unheard();
+        }
+    }
+
+    /// Brings the pumps of this process in line with what the store wants; in force when it returns.
+    pub(super) async fn line_up(self: &Arc<Self>) -> store::Result<()> {
+        self.line_up_and_attend().await.map(drop)
+    }
+
+    /// The quiet second: shows that this process is alive, and reads the queues only if something changed.
+    async fn attend_and_line_up_if_changed(self: &Arc<Self>) -> store::Result<bool> {
+        let _one_at_a_time = self.lining_up.lock().await;
+        let attended = self.attend(false).await?;
+        // Compared with the last quiet second, not with the last reading: what changed during a reading
+        // is read again.
+        let before = self.revision.load(Ordering::Relaxed);
+        if before == attended.revision && !self.known().timed_pauses {
+            return Ok(attended.waiting);
+        }
+        let waiting = self.line_up_alone().await?;
+        self.revision.store(attended.revision, Ordering::Relaxed);
+        Ok(waiting)
+    }
+
+    async fn line_up_and_attend(self: &Arc<Self>) -> store::Result<bool> {
+        let _one_at_a_time = self.lining_up.lock().await;
+        self.line_up_alone().await
+    }
+
+    /// Stops a queue or, without one, all; returns whether there is one, and what became of its deliveries.
+    ///
+    /// Closed before the store is told, so that nothing is leased after the call, and so that the deadline
+    /// cuts although the database is away. If the store could not be told, what was closed is brought in
+    /// line with what stands there within a second of its next answer.
+    pub(super) async fn stop(
+        self: &Arc<Self>,
+        queue: Option<&QueueName>,
+        stop: Stop,
+    ) -> store::Result<(bool, StopReport)> {
+        let deadline = tokio::time::Instant::now() + stop.deadline;
+        let mut rounds = self.close_rounds(queue);
+        let ends = round::end_all(rounds.clone(), deadline);
+        let (told, _) = tokio::join!(self.close_and_tell(queue, stop), ends);
+        let (found, closed) = told?;
+        for round in closed {
+            if rounds.iter().all(|known| !Arc::ptr_eq(known, &round)) {
+                rounds.push(round);
+            }
+        }
+        Ok((found, round::end_all(rounds, deadline).await))
+    }
+
+    /// Closes once more, under the lock, so that nobody who still reads the old state opens a round again.
+    async fn close_and_tell(
+        self: &Arc<Self>,
+        queue: Option<&QueueName>,
+        stop: Stop,
+    ) -> store::Result<(bool, Vec<Arc<Round>>)> {
+        let _one_at_a_time = self.lining_up.lock().await;
+        // Whatever happens from here on, also that nobody waits for the end of this: the next quiet second
+        // looks at the queues.
+        self.revision.store(OUT_OF_LINE, Ordering::Relaxed);
+        let rounds = self.close_rounds(queue);
+        let state = RunState::Stopped(self.stopped(stop));
+        let found = self.store.set_run_state(queue, state).await?;
+        self.line_up_alone().await?;
+        Ok((found, rounds))
+    }
+
+    /// Closes what runs of one queue or of all; returns what has not ended yet.
+    pub(super) fn close_rounds(&self, queue: Option<&QueueName>) -> Vec<Arc<Round>> {
+        let mut pumps = self.pumps();
+        pumps.extend(self.lock_gone().iter().cloned());
+        pumps.retain(|pump| queue.is_none_or(|queue| pump.queue == *queue));
+        pumps.iter().flat_map(|pump| pump.close_rounds()).collect()
+    }
+
+    async fn line_up_alone(self: &Arc<Self>) -> store::Result<bool> {
+        if self.leaving.is_cancelled() {
+            return Ok(false);
+        }
+        let pump = self.store.pump().await?;
+        let state = self.start_if_time(None, pump.state).await?;
+        let mut queues = self.store.queues().await?;
+        for queue in &mut queues {
+            let state = std::mem::take(&mut queue.state);
+            queue.state = self.start_if_time(Some(&queue.name), state).await?;
+        }
+        self.ceiling.set_limit(pump.ceiling);
+        let timed = |state: &RunState| matches!(state, RunState::Stopped(stopped) if stopped.until.is_some());
+        let timed_pauses = timed(&state) || queues.iter().any(|queue| timed(&queue.state));
+        {
+            let mut known = self.known();
+            known.state = state.clone();
+            known.timed_pauses = timed_pauses;
+        }
+        self.drop_missing(&queues);
+        for queue in &queues {
+            self.line_up_queue(queue);
+        }
+        // Gates are moved before anything new is started behind them.
+        let attended = self.attend(false).await?;
+        for queue in &queues {
+            if let Some(pump) = self.lock_pumps().get(&queue.name)
+                && !self.leaving.is_cancelled()
+            {
+                pump.set_mode(mode(&state, queue, pump));
+            }
+        }
+        Ok(attended.waiting)
+    }
+
+    /// Ends a timed pause whose time has come.
+    async fn start_if_time(
+        &self,
+        queue: Option<&QueueName>,
+        state: RunState,
+    ) -> store::Result<RunState> {
+        match &state {
+            RunState::Stopped(Stopped { until: Some(until), .. }) if *until <= self.clock.now() => {
+                self.store.set_run_state(queue, RunState::Running).await?;
+                Ok(RunState::Running)
+            }
+            RunState::Stopped(_) | RunState::Running => Ok(state),
+        }
+    }
+
+    /// Stops the pumps of queues that are gone, and keeps those that still have something open.
+    fn drop_missing(&self, queues: &[QueueRecord]) {
+        let mut pumps = self.lock_pumps();
+        let missing =
+            pumps.extract_if(.., |name, _| queues.iter().all(|queue| queue.name != *name));
+        let mut gone = self.lock_gone();
+        for (_, pump) in missing {
+            pump.set_mode(None);
+            gone.push(pump);
+        }
+        gone.retain(|pump| pump.is_open());
+    }
+
+    fn line_up_queue(self: &Arc<Self>, queue: &QueueRecord) {
+        let mut pumps = self.lock_pumps();
+        // A queue that was deleted and made again has the gate behind which the old one is still open.
+        let again = self.lock_gone().extract_if(.., |pump| pump.queue == queue.name).next();
+        if let Some(pump) = again {
+            pumps.insert(queue.name.clone(), pump);
+        }
+        if let Some(pump) = pumps.get(&queue.name) {
+            if pump.setup().settings != queue.settings {
+                let setup = self.setup(&queue.name, &queue.settings, &pump.meters);
+                *pump.setup.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(setup);
+                // Narrowed at once; widened only once the share is known.
+                let limit = queue.settings.concurrency.limit;
+                pump.gate.set_limit(pump.gate.limit().min(limit));
+            }
+            return;
+        }
+        let meters = Arc::new(QueueMeters::of(&queue.name));
+        let setup = self.setup(&queue.name, &queue.settings, &meters);
+        let pump = QueuePump {
+            queue: queue.name.clone(),
+            replica: self.replica.clone(),
+            store: Arc::clone(&self.store),
+            clock: Arc::clone(&self.clock),
+            meters,
+            gate: Gate::new(0),
+            ceiling: Arc::clone(&self.ceiling),
+            setup: RwLock::new(Arc::new(setup)),
+            rounds: Mutex::default(),
+            held: AtomicUsize::new(0),
+            late: AtomicBool::new(false),
+            settling: Semaphore::new(SETTLEMENTS_WAITING_MAX),
+            usual: AtomicU64::new(0),
+        };
+        pumps.insert(queue.name.clone(), Arc::new(pump));
+    }
+
+    fn setup(
+        &self,
+        name: &QueueName,
+        settings: &QueueSettings,
+        meters: &Arc<QueueMeters>,
+    ) -> Setup {
+        let handler = match &settings.handler {
+            model::Handler::Http(http) => Some(deliver::http_handler(
+                self.client.clone(),
+                http.clone(),
+                Arc::clone(&self.clock),
+            )),
+            model::Handler::Builtin { name } => Some(deliver::builtin(*name)),
+            model::Handler::Service => self.services.get(name).cloned(),
+            model::Handler::Pull => None,
+        };
+        let around = Surroundings { timeout: settings.timeout(), meters: Arc::clone(meters) };
+        let handler = handler.map(|handler| deliver::pipeline(handler, &around));
+        Setup { settings: settings.clone(), handler }
+    }
+}
+
+/// What a queue's pump is to do, if anything.
+fn mode(pump_state: &RunState, queue: &QueueRecord, pump: &QueuePump) -> Option<Mode> {
+    pump.setup().handler.as_ref()?;
+    match (pump_state, &queue.state) {
+        (RunState::Stopped(_), _) => None,
+        (RunState::Running, RunState::Stopped(_)) => Some(Mode::UrgentOnly),
+        (RunState::Running, RunState::Running) => Some(Mode::All),
+    }
+}
+
+/// No revision of any store.
+const OUT_OF_LINE: i64 = -1;
+/// How often this process shows that it is alive and looks for changes that it was not told of.
+pub(super) const ATTEND_EVERY: Duration = Duration::from_secs(1);
+/// The same while another replica has still to give up a share.
+const ATTEND_WHILE_WAITING: Duration = Duration::from_millis(100);
