@@ -175,7 +175,7 @@ impl Pumphouse {
 
     /// Starts a queue, now and after every restart. `false` where there is none. Twice does no harm.
     pub async fn start_queue(&self, queue: &QueueName) -> store::Result<bool> {
-        let found = self.0.store.set_run_state(Some(queue), RunState::Running).await?;
+        let found = self.0.store.set_run_state(Some(queue), RunState::Running, None).await?;
         self.0.line_up().await?;
         Ok(found)
     }
@@ -195,7 +195,7 @@ impl Pumphouse {
 
     /// Starts the whole pump: every queue that is not stopped itself.
     pub async fn start(&self) -> store::Result<()> {
-        self.0.store.set_run_state(None, RunState::Running).await?;
+        self.0.store.set_run_state(None, RunState::Running, None).await?;
         self.0.line_up().await
     }
 

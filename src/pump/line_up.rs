@@ -103,7 +103,7 @@ impl House {
         self.revision.store(OUT_OF_LINE, Ordering::Relaxed);
         let rounds = self.close_rounds(queue);
         let state = RunState::Stopped(self.stopped(stop));
-        let found = self.store.set_run_state(queue, state).await?;
+        let found = self.store.set_run_state(queue, state, None).await?;
         self.line_up_alone().await?;
         Ok((found, rounds))
     }
@@ -159,8 +159,11 @@ impl House {
     ) -> store::Result<RunState> {
         match &state {
             RunState::Stopped(Stopped { until: Some(until), .. }) if *until <= self.clock.now() => {
-                self.store.set_run_state(queue, RunState::Running).await?;
-                Ok(RunState::Running)
+                let due = Some(state.clone());
+                let started = self.store.set_run_state(queue, RunState::Running, due).await?;
+                // Where it was not, an operator said something else meanwhile, and the news of it is
+                // under way.
+                Ok(if started { RunState::Running } else { state })
             }
             RunState::Stopped(_) | RunState::Running => Ok(state),
         }

@@ -108,7 +108,9 @@ impl QueuePump {
             until: None,
         };
         let state = RunState::Stopped(stopped);
-        if let Err(error) = self.store.set_run_state(Some(&self.queue), state).await {
+        // Only a queue that runs: what an operator stopped keeps the operator's reason and time.
+        let running = Some(RunState::Running);
+        if let Err(error) = self.store.set_run_state(Some(&self.queue), state, running).await {
             // The next message of the queue meets the same answer and stops it then.
             tracing::error!(queue = %self.queue, error = &error as &dyn std::error::Error, "cannot stop the queue");
         }

@@ -158,7 +158,15 @@ pub trait Store: Debug + Send + Sync + 'static {
     ) -> Result<DeleteQueue>;
 
     /// Starts or stops a queue, or with `None` the whole pump. `false` where there is no such queue.
-    async fn set_run_state(&self, queue: Option<&QueueName>, state: RunState) -> Result<bool>;
+    ///
+    /// With `from`, only what still stands as that: who acts by itself (a pause that is over, a handler that
+    /// is gone) must not undo what an operator said meanwhile. Then `false` also where it stands otherwise.
+    async fn set_run_state(
+        &self,
+        queue: Option<&QueueName>,
+        state: RunState,
+        from: Option<RunState>,
+    ) -> Result<bool>;
 
     /// Whether the whole pump is to run, and its ceiling over all queues.
     async fn pump(&self) -> Result<PumpRecord>;

@@ -162,8 +162,13 @@ impl Store for Memory {
         Ok(self.alone(|books, _| books.delete_queue(name, force, &precondition)))
     }
 
-    async fn set_run_state(&self, queue: Option<&QueueName>, state: RunState) -> Result<bool> {
-        Ok(self.alone(|books, _| books.set_run_state(queue, state)))
+    async fn set_run_state(
+        &self,
+        queue: Option<&QueueName>,
+        state: RunState,
+        from: Option<RunState>,
+    ) -> Result<bool> {
+        Ok(self.alone(|books, _| books.set_run_state(queue, state, from.as_ref())))
     }
 
     async fn pump(&self) -> Result<PumpRecord> {

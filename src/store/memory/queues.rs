@@ -57,12 +57,21 @@ impl Books {
         DeleteQueue::Deleted
     }
 
-    pub(super) fn set_run_state(&mut self, queue: Option<&QueueName>, state: RunState) -> bool {
-        match queue.map(|name| self.queues.get_mut(name)) {
-            None => self.pump.state = state,
-            Some(Some(queue)) => queue.state = state,
+    pub(super) fn set_run_state(
+        &mut self,
+        queue: Option<&QueueName>,
+        state: RunState,
+        from: Option<&RunState>,
+    ) -> bool {
+        let stands = match queue.map(|name| self.queues.get_mut(name)) {
+            None => &mut self.pump.state,
+            Some(Some(queue)) => &mut queue.state,
             Some(None) => return false,
+        };
+        if from.is_some_and(|from| from != stands) {
+            return false;
         }
+        *stands = state;
         self.settings_changed();
         true
     }

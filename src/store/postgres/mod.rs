@@ -236,8 +236,13 @@ impl Store for Postgres {
         queues::delete_queue(self, name, force, precondition).await
     }
 
-    async fn set_run_state(&self, queue: Option<&QueueName>, state: RunState) -> Result<bool> {
-        queues::set_run_state(self, queue, state).await
+    async fn set_run_state(
+        &self,
+        queue: Option<&QueueName>,
+        state: RunState,
+        from: Option<RunState>,
+    ) -> Result<bool> {
+        queues::set_run_state(self, queue, state, from).await
     }
 
     async fn pump(&self) -> Result<PumpRecord> {

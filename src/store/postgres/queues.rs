@@ -87,6 +87,13 @@ from pump
 where id = 1";
 
 // Lives on: the primary key of pump.
+const LOCK_PUMP: &str = "\
+select state
+from pump
+where id = 1
+for update";
+
+// Lives on: the primary key of pump.
 const SET_PUMP_STATE: &str = "\
 update pump
 set state = $1
@@ -113,6 +120,7 @@ pub(super) const STATEMENTS: &[&str] = &[
     UPDATE_QUEUE,
     SET_QUEUE_STATE,
     LOCK_NAME,
+    LOCK_PUMP,
     HAS_MESSAGES,
     DELETE_QUEUE,
     PUMP,
@@ -244,13 +252,19 @@ pub(super) async fn set_run_state(
     store: &Postgres,
     queue: Option<&QueueName>,
     state: RunState,
+    from: Option<RunState>,
 ) -> Result<bool> {
     let queue = queue.cloned();
     let known = store
         .hands
         .transact(move |connection: &mut PgConnection| {
-            let (queue, state) = (queue.clone(), json(&state));
+            let (queue, state, from) = (queue.clone(), json(&state), from.clone());
             Box::pin(async move {
+                if let Some(from) = from
+                    && stands(connection, queue.as_ref()).await? != Some(from)
+                {
+                    return Ok(false);
+                }
                 let set = match &queue {
                     Some(name) => query(SET_QUEUE_STATE).bind(name.as_str()).bind(state),
                     None => query(SET_PUMP_STATE).bind(state),
@@ -267,6 +281,19 @@ pub(super) async fn set_run_state(
         store.herald.tell(Word::of_settings());
     }
     Ok(known)
+}
+
+/// Whether a queue or the whole pump is to run, held as it is until the transaction ends.
+async fn stands(
+    connection: &mut PgConnection,
+    queue: Option<&QueueName>,
+) -> Result<Option<RunState>, Trouble> {
+    let stands = match queue {
+        Some(name) => query(LOCK_QUEUE).bind(name.as_str()),
+        None => query(LOCK_PUMP),
+    };
+    let stands = stands.fetch_optional(connection).await?;
+    Ok(stands.map(|row| run_state(row.try_get("state")?)).transpose()?)
 }
 
 pub(super) async fn pump(store: &Postgres) -> Result<PumpRecord> {

@@ -228,11 +228,18 @@ impl Store for Sqlite {
             .await
     }
 
-    async fn set_run_state(&self, queue: Option<&QueueName>, state: RunState) -> Result<bool> {
+    async fn set_run_state(
+        &self,
+        queue: Option<&QueueName>,
+        state: RunState,
+        from: Option<RunState>,
+    ) -> Result<bool> {
         let queue = queue.cloned();
         self.writer
             .errand(move |desk| {
-                Box::pin(async move { queues::set_run_state(desk, queue.as_ref(), &state).await })
+                Box::pin(async move {
+                    queues::set_run_state(desk, queue.as_ref(), &state, from.as_ref()).await
+                })
             })
             .await
     }

@@ -124,12 +124,29 @@ update pump
 set state = ?
 where id = 1";
 
-/// Starts or stops a queue, or the whole pump. `false` where there is no such queue.
+// Lives on: the unique index on the name of queue.
+const QUEUE_STATE: &str = "\
+select state
+from queue
+where name = ?";
+
+/// Starts or stops a queue, or the whole pump; with `from`, only what still stands as that.
 pub(super) async fn set_run_state(
     desk: &mut Desk,
     queue: Option<&QueueName>,
     state: &RunState,
+    from: Option<&RunState>,
 ) -> sqlx::Result<bool> {
+    if let Some(from) = from {
+        let stands = match queue {
+            Some(name) => query(QUEUE_STATE).bind(name.as_str().to_owned()),
+            None => query(PUMP),
+        };
+        let stands = stands.fetch_optional(&mut desk.connection).await?;
+        if stands.map(|row| run_state(&row)).transpose()?.as_ref() != Some(from) {
+            return Ok(false);
+        }
+    }
     let set = match queue {
         Some(name) => query(SET_QUEUE_STATE).bind(text(state)).bind(name.as_str().to_owned()),
         None => query(SET_PUMP_STATE).bind(text(state)),
@@ -215,6 +232,7 @@ pub(super) const STATEMENTS: &[&str] = &[
     DELETE_TALLY,
     DELETE,
     DOOM,
+    QUEUE_STATE,
     SET_QUEUE_STATE,
     SET_PUMP_STATE,
     PUMP,

@@ -1,16 +1,19 @@
 //! Handlers that misbehave: each costs what it costs, and nobody else anything.
 
 use std::net::SocketAddr;
+use std::process::Stdio;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_util::task::TaskTracker;
 
-use crate::support::client::text;
-use crate::support::eventually;
-use crate::support::receiver::{Gate, Mood};
+use crate::support::client::{ask, number, text};
+use crate::support::process::{Database, Process};
+use crate::support::receiver::{Gate, Mood, Receiver};
 use crate::support::scene::{Scene, quick};
+use crate::support::{eventually, pass};
 
 #[tokio::test]
 async fn a_handler_that_misbehaves_is_retried_and_its_fault_named() {
@@ -36,6 +39,30 @@ async fn a_handler_that_misbehaves_is_retried_and_its_fault_named() {
         eventually(&done, async || scene.client.state(&id).await == "completed").await;
         assert_eq!(error_kind(&scene.client.message(&id).await, 1), kind);
     }
+}
+
+#[tokio::test]
+async fn nobody_reads_what_is_printed_and_everything_else_goes_on() {
+    let flags = ["--queue", "shown=log:", "--drain-deadline", "300ms"];
+    let database = Database::sqlite();
+    let mut process = Process::start_with_stdout(&database, &flags, Stdio::piped()).await;
+    let (client, receiver) = (process.client(), Receiver::start().await);
+    client.put_queue("other", &quick(&receiver.url("/other"), json!({}))).await;
+    // More than a pipe holds.
+    let lines = format!("{{\"payload\": \"{}\"}}\n", "x".repeat(200)).repeat(2000);
+    ask(client.batch("shown", lines)).await.expect(207);
+    let stuck = async || {
+        let before = client.queue("shown").await["stats"].clone();
+        pass(Duration::from_millis(300)).await;
+        let now = client.queue("shown").await["stats"].clone();
+        now["ready"] == before["ready"] && number(&now, "/in_flight") > 0
+    };
+    eventually("the printing is stuck", stuck).await;
+    client.get("/livez").await.expect(200);
+    client.send("other", "x").await;
+    receiver.wait_for("/other", 1).await;
+    process.terminate().await;
+    assert!(process.exit_within(Duration::from_secs(10)).await.success());
 }
 
 #[tokio::test]

@@ -42,7 +42,7 @@ pub(crate) async fn replacing_settings_keeps_run_state_and_messages(stage: Stage
     let name = stage.queue("letters").await;
     let id = stage.send_to(&name, "stays").await;
     let state = stopped();
-    assert!(stage.store.set_run_state(Some(&name), state.clone()).await.unwrap());
+    assert!(stage.store.set_run_state(Some(&name), state.clone(), None).await.unwrap());
     let put = stage.store.put_queue(&name, every_setting(), Precondition::None).await.unwrap();
     let record = QueueRecord { name: name.clone(), settings: every_setting(), state };
     assert_eq!(put, PutQueue::Replaced(record.clone()));
@@ -167,28 +167,36 @@ pub(crate) async fn a_queue_is_stopped_and_started(stage: Stage) {
         let store = stage.store.clone();
         async move { store.queue(name).await.unwrap().expect("it is there").state }
     };
-    assert!(stage.store.set_run_state(Some(&name), stopped()).await.unwrap());
+    assert!(stage.store.set_run_state(Some(&name), stopped(), None).await.unwrap());
     assert_eq!(state(&name).await, stopped());
     assert_eq!(state(&other).await, RunState::Running);
     assert_eq!(stage.store.pump().await.unwrap().state, RunState::Running);
     stage.send_to(&name, "a stopped queue keeps accepting").await;
-    assert!(stage.store.set_run_state(Some(&name), RunState::Running).await.unwrap());
+    assert!(stage.store.set_run_state(Some(&name), RunState::Running, None).await.unwrap());
     assert_eq!(state(&name).await, RunState::Running);
+    let from = |from: RunState| stage.store.set_run_state(Some(&name), stopped(), Some(from));
+    assert!(!from(stopped()).await.unwrap(), "it runs, so this is not what is changed");
+    assert_eq!(state(&name).await, RunState::Running);
+    assert!(from(RunState::Running).await.unwrap());
+    assert!(!from(RunState::Running).await.unwrap(), "an operator was faster");
+    assert_eq!(state(&name).await, stopped());
     let nowhere = queue_name("nowhere");
-    assert!(!stage.store.set_run_state(Some(&nowhere), stopped()).await.unwrap());
+    assert!(!stage.store.set_run_state(Some(&nowhere), stopped(), None).await.unwrap());
 }
 
 pub(crate) async fn the_pump_of_a_new_store_runs_and_remembers_what_it_is_told(stage: Stage) {
     let queue = stage.queue("letters").await;
     let new = PumpRecord { state: RunState::Running, ceiling: CEILING_DEFAULT };
     assert_eq!(stage.store.pump().await.unwrap(), new);
-    assert!(stage.store.set_run_state(None, stopped()).await.unwrap());
+    assert!(stage.store.set_run_state(None, stopped(), None).await.unwrap());
     stage.store.set_ceiling(7).await.unwrap();
     let told = PumpRecord { state: stopped(), ceiling: 7 };
     assert_eq!(stage.store.pump().await.unwrap(), told);
     let record = stage.store.queue(&queue).await.unwrap().expect("it is there");
     assert_eq!(record.state, RunState::Running, "a queue has a state of its own");
-    assert!(stage.store.set_run_state(None, RunState::Running).await.unwrap());
+    let from = |from: RunState| stage.store.set_run_state(None, RunState::Running, Some(from));
+    assert!(!from(RunState::Running).await.unwrap());
+    assert!(from(stopped()).await.unwrap());
     assert_eq!(stage.store.pump().await.unwrap().state, RunState::Running);
 }
 
@@ -196,9 +204,9 @@ pub(crate) async fn whoever_listens_hears_of_settings(stage: Stage) {
     let mut news = stage.store.news().of_settings();
     let name = stage.queue("letters").await;
     heard(&mut news).await;
-    stage.store.set_run_state(Some(&name), stopped()).await.unwrap();
+    stage.store.set_run_state(Some(&name), stopped(), None).await.unwrap();
     heard(&mut news).await;
-    stage.store.set_run_state(None, stopped()).await.unwrap();
+    stage.store.set_run_state(None, stopped(), None).await.unwrap();
     heard(&mut news).await;
     stage.store.set_ceiling(7).await.unwrap();
     heard(&mut news).await;

@@ -253,9 +253,9 @@ pub(crate) async fn the_revision_follows_every_change_of_queues_and_pump(stage: 
             until: None,
         })
     };
-    stage.store.set_run_state(Some(&queue), stopped()).await.unwrap();
+    stage.store.set_run_state(Some(&queue), stopped(), None).await.unwrap();
     seen.push(revision().await);
-    stage.store.set_run_state(None, stopped()).await.unwrap();
+    stage.store.set_run_state(None, stopped(), None).await.unwrap();
     seen.push(revision().await);
     stage.store.set_ceiling(7).await.unwrap();
     seen.push(revision().await);

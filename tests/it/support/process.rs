@@ -65,7 +65,16 @@ pub(crate) struct Process {
 impl Process {
     /// Starts one, and returns once it listens: on a free port, if no flag says where.
     pub(crate) async fn start(database: &Database, flags: &[&str]) -> Self {
-        let (mut child, home) = spawn(database, flags);
+        Self::start_with_stdout(database, flags, Stdio::null()).await
+    }
+
+    /// The same with another place for its standard output. Nobody reads a pipe.
+    pub(crate) async fn start_with_stdout(
+        database: &Database,
+        flags: &[&str],
+        stdout: Stdio,
+    ) -> Self {
+        let (mut child, home) = spawn(database, flags, stdout);
         let stderr = child.stderr.take().expect("its standard error is a pipe");
         let log = read_log(stderr);
         let address = address_in(log.clone()).await;
@@ -74,7 +83,7 @@ impl Process {
 
     /// Starts one that is killed after so long, whether it listens by then or not.
     pub(crate) async fn start_and_kill(database: &Database, flags: &[&str], after: Duration) {
-        let (mut child, _home) = spawn(database, flags);
+        let (mut child, _home) = spawn(database, flags, Stdio::null());
         tokio::time::sleep(after).await;
         child.kill().await.expect("a child can be killed");
     }
@@ -130,7 +139,7 @@ impl Process {
     }
 }
 
-fn spawn(database: &Database, flags: &[&str]) -> (Child, TempDir) {
+fn spawn(database: &Database, flags: &[&str], stdout: Stdio) -> (Child, TempDir) {
     // A directory of its own, so that it finds nobody else's configuration file.
     let home = tempfile::tempdir().expect("a temporary directory can be made");
     let mut command = Command::new(env!("CARGO_BIN_EXE_pumphouse"));
@@ -144,7 +153,7 @@ fn spawn(database: &Database, flags: &[&str]) -> (Child, TempDir) {
         }
     }
     command.current_dir(home.path()).kill_on_drop(true);
-    command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+    command.stdin(Stdio::null()).stdout(stdout).stderr(Stdio::piped());
     (command.spawn().expect("the program can be started"), home)
 }
 
