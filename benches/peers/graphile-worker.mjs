@@ -17,7 +17,9 @@ const preset = {
 
 await measure(async (ask) => {
   const pgPool = new pg.Pool({ connectionString: ask.url, max: CONNECTIONS_MAX })
+  // The library insists on both: a lost connection is its own to report.
   pgPool.on('error', () => {})
+  pgPool.on('connect', (client) => client.on('error', () => {}))
 
   const logger = new Logger(() => (level, message) => level === 'error' && console.error(message))
   const utils = await makeWorkerUtils({ pgPool, logger })

