@@ -58,8 +58,10 @@ async function latency(peer, ask) {
   const total = warm + ask.seconds * ask.rate
   const done = resolvers()
   let arrived = 0
+  let last
   const stop = await peer.work((handled) => {
     const now = performance.now()
+    last = now
     for (const { n } of handled) {
       if (n >= warm) times.push(now - called[n])
       if (++arrived >= total) done.resolve()
@@ -76,7 +78,7 @@ async function latency(peer, ask) {
   }
   await done.promise
   await stop()
-  return { jobs: times.length, rate: ask.rate, ...percentiles(times) }
+  return { jobs: times.length, rate: ask.rate, ...percentiles(times), behind_ms: round(last - called[total - 1]) }
 }
 
 async function callUntilDeadline(ask, jobsPerCall, call) {

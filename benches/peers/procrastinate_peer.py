@@ -75,12 +75,14 @@ async def latency(app: procrastinate.App, ask: dict) -> dict:
     called = [0.0] * total
     times: list[float] = []
     arrived = 0
+    last = 0.0
     all_arrived = asyncio.Event()
 
     def handle(n: int) -> None:
-        nonlocal arrived
+        nonlocal arrived, last
+        last = time.perf_counter()
         if n >= warm:
-            times.append(time.perf_counter() - called[n])
+            times.append(last - called[n])
         arrived += 1
         if arrived == total:
             all_arrived.set()
@@ -100,7 +102,8 @@ async def latency(app: procrastinate.App, ask: dict) -> dict:
     await first_of(asyncio.gather(*calls), worker)
     await first_of(all_arrived.wait(), worker)
     worker.cancel()
-    return {"jobs": len(times), "rate": ask["rate"]} | percentiles(times)
+    behind = {"behind_ms": rounded((last - called[-1]) * 1_000)}
+    return {"jobs": len(times), "rate": ask["rate"]} | percentiles(times) | behind
 
 
 async def call_until_deadline(ask: dict, jobs_per_call: int, call) -> dict:

@@ -55,7 +55,9 @@ class Failed(Exception):
 
 def main() -> int:
     args = arguments()
-    # A stopped run must take its servers with it, whichever way it is stopped.
+    # A stopped run must take its servers with it, whichever way it is stopped; a shell's background job ignores Ctrl-C
+    # unless told otherwise.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     signal.signal(signal.SIGHUP, lambda *_: sys.exit(129))
     return args.run(args)
@@ -141,7 +143,8 @@ def measure_one(peer: "Peer", ask: dict, parent: Path) -> dict:
         server = peer.server(running, directory)
         say(f"{peer.name}: measuring {ask['measure']}")
         figures = run_driver(driver, ask | {"url": server.url, "variant": peer.variant})
-    version = figures.pop("version", None) or server.version
+    # A client of our own making has no version; there it is the server's that counts.
+    version = figures.pop("version", None) or server.version.split()[-1]
     return {"version": version, "server": server.version} | figures | {"payload": ask["payload"]}
 
 
@@ -265,7 +268,8 @@ def start_rabbitmq(running: contextlib.ExitStack, directory: Path) -> Server:
     # Erlang starts its name server as a daemon of its own; ours is on a port of its own, so that stopping it stops no other.
     running.callback(subprocess.run, ["epmd", "-port", str(epmd_port), "-kill"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     start(running, [server], directory, port, environment=environment)
-    return Server(f"amqp://guest:guest@127.0.0.1:{port}?heartbeat=60", "RabbitMQ")
+    version = next(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*")).name.removeprefix("rabbitmq_server-")
+    return Server(f"amqp://guest:guest@127.0.0.1:{port}?heartbeat=60", f"RabbitMQ {version}")
 
 
 def start_nats(running: contextlib.ExitStack, directory: Path) -> Server:

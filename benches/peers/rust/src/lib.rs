@@ -128,6 +128,7 @@ async fn latency<P: Peer>(mut peer: P, ask: &Ask) -> Result<Value> {
     let times = handled.times();
     let mut figures = json!({ "jobs": times.len(), "rate": ask.rate });
     add_percentiles(&mut figures, times);
+    figures["behind_ms"] = json!(round((handled.last() - handled.called(total - 1)).as_secs_f64() * 1e3));
     Ok(figures)
 }
 
@@ -248,6 +249,10 @@ impl Handled {
         Duration::from_nanos(self.0.last_nanos.load(Relaxed))
     }
 
+    fn called(&self, n: u64) -> Duration {
+        Duration::from_nanos(self.0.called_nanos[n as usize].load(Relaxed))
+    }
+
     fn times(&self) -> Vec<Duration> {
         self.0.times.lock().unwrap().clone()
     }
@@ -276,7 +281,9 @@ fn add_percentiles(figures: &mut Value, mut times: Vec<Duration>) {
 }
 
 fn round(value: f64) -> f64 {
-    let unit = 10f64.powi(value.log10().floor() as i32 - 3);
-    let rounded = (value / unit).round() * unit;
-    (rounded * 10.0).round() / 10.0
+    if value <= 0.0 {
+        return 0.0;
+    }
+    let unit = 10f64.powi(3 - value.log10().floor() as i32);
+    (value * unit).round() / unit
 }
