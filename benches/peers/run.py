@@ -39,6 +39,7 @@ SERVER_START_SECONDS_MAX = 60
 SERVER_STOP_SECONDS_MAX = 15
 # On top of the seconds that were asked for: connecting, migrating, warming up and filling a queue to drain.
 DRIVER_SECONDS_MAX = 600
+SYNC_PROBE_SECONDS = 0.3
 
 NATS_VERSION_MIN = (2, 10)
 """The first that knows `sync_interval: always`; Debian 12 has 2.9, so it comes from PyPI."""
@@ -139,13 +140,14 @@ def measure_one(peer: "Peer", ask: dict, parent: Path) -> dict:
     driver = peer.driver()
     with contextlib.ExitStack() as running:
         directory = running.enter_context(fresh_directory(parent))
+        syncs = syncs_per_second(directory)
         say(f"{peer.name}: starting its server for {ask['measure']}")
         server = peer.server(running, directory)
         say(f"{peer.name}: measuring {ask['measure']}")
         figures = run_driver(driver, ask | {"url": server.url, "variant": peer.variant})
     # A client of our own making has no version; there it is the server's that counts.
     version = figures.pop("version", None) or server.version.split()[-1]
-    return {"version": version, "server": server.version} | figures | {"payload": ask["payload"]}
+    return {"version": version, "server": server.version} | figures | {"payload": ask["payload"], "syncs_per_second": syncs}
 
 
 def run_driver(command: list[str], ask: dict) -> dict:
@@ -162,6 +164,25 @@ def run_driver(command: list[str], ask: dict) -> dict:
         return json.loads(out.strip().splitlines()[-1])
     except (IndexError, json.JSONDecodeError):
         raise Failed("the driver printed no figures") from None
+
+
+def syncs_per_second(directory: Path) -> int:
+    """How fast the disk syncs at this moment. Everything here waits for it, and it is shared: two figures that were
+    measured over different disks, or over one disk at different times, do not compare."""
+    block = b"x" * 4096
+    probe = os.open(directory / "probe", os.O_CREAT | os.O_RDWR)
+    try:
+        os.pwrite(probe, block * 256, 0)
+        os.fsync(probe)
+        began = time.perf_counter()
+        count = 0
+        while time.perf_counter() - began < SYNC_PROBE_SECONDS:
+            os.pwrite(probe, block, count % 256 * 4096)
+            os.fdatasync(probe)
+            count += 1
+        return round(count / (time.perf_counter() - began))
+    finally:
+        os.close(probe)
 
 
 def refuse_a_disk_that_never_syncs(directory: Path) -> None:
@@ -192,7 +213,8 @@ def sentence(line: dict) -> str:
         parts.append(f"{line['per_second']:,}/s")
     if "p50_ms" in line:
         parts.append(f"p50 {line['p50_ms']} ms, p99 {line['p99_ms']} ms")
-    return f"{what}: {', '.join(parts)} ({line['version']}; {line['settings']})"
+    disk = f"{line['syncs_per_second']:,} disk syncs/s just before"
+    return f"{what}: {', '.join(parts)} ({line['version']}; {line['settings']}; {disk})"
 
 
 # --- servers: each syncs before it answers ---------------------------------------------------------------------------

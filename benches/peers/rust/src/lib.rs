@@ -50,8 +50,12 @@ pub trait Peer: Clone + Send + Sync + 'static {
 }
 
 /// Takes the one measure that was asked for and prints it as one line.
-pub async fn measure<P: Peer, F: Future<Output = Result<P>>>(connect: impl FnOnce(Ask) -> F) -> Result<()> {
-    let ask: Ask = serde_json::from_str(&std::env::args().nth(1).context("no question in the first argument")?)?;
+pub async fn measure<P: Peer, F: Future<Output = Result<P>>>(
+    connect: impl FnOnce(Ask) -> F,
+) -> Result<()> {
+    let ask: Ask = serde_json::from_str(
+        &std::env::args().nth(1).context("no question in the first argument")?,
+    )?;
     let peer = connect(ask.clone()).await?;
     let (version, settings) = peer.describe(&ask.measure);
     let mut figures = match ask.measure.as_str() {
@@ -95,7 +99,9 @@ async fn drain<P: Peer>(mut peer: P, ask: &Ask) -> Result<Value> {
     peer.work(ask, handled.clone()).await?;
     handled.all().await?;
     let elapsed = handled.last() - handled.first();
-    Ok(json!({ "jobs": ask.jobs, "per_second": round((ask.jobs - 1) as f64 / elapsed.as_secs_f64()) }))
+    Ok(
+        json!({ "jobs": ask.jobs, "per_second": round((ask.jobs - 1) as f64 / elapsed.as_secs_f64()) }),
+    )
 }
 
 /// Open loop: a call is made when it is due, whether or not the earlier ones have been answered.
@@ -112,7 +118,8 @@ async fn latency<P: Peer>(mut peer: P, ask: &Ask) -> Result<Value> {
     for n in 0..total {
         sleep_until((began + Duration::from_secs_f64(n as f64 / ask.rate as f64)).into()).await;
         let mut caller = idle.lock().unwrap().pop().unwrap_or_else(|| peer.clone());
-        let (idle, failed, handled, job) = (idle.clone(), failed.clone(), handled.clone(), job(n, ask.payload));
+        let (idle, failed, handled, job) =
+            (idle.clone(), failed.clone(), handled.clone(), job(n, ask.payload));
         tokio::spawn(async move {
             handled.calling(n);
             match caller.enqueue(job).await {
@@ -128,11 +135,17 @@ async fn latency<P: Peer>(mut peer: P, ask: &Ask) -> Result<Value> {
     let times = handled.times();
     let mut figures = json!({ "jobs": times.len(), "rate": ask.rate });
     add_percentiles(&mut figures, times);
-    figures["behind_ms"] = json!(round((handled.last() - handled.called(total - 1)).as_secs_f64() * 1e3));
+    figures["behind_ms"] =
+        json!(round((handled.last() - handled.called(total - 1)).as_secs_f64() * 1e3));
     Ok(figures)
 }
 
-async fn call_until_deadline<P, C, F>(peer: P, ask: &Ask, jobs_per_call: u64, call: C) -> Result<Value>
+async fn call_until_deadline<P, C, F>(
+    peer: P,
+    ask: &Ask,
+    jobs_per_call: u64,
+    call: C,
+) -> Result<Value>
 where
     P: Peer,
     C: Fn(P, u64, usize) -> F + Copy + Send + 'static,

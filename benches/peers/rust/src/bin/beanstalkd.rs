@@ -62,7 +62,9 @@ impl Peer for Beanstalkd {
     async fn work(&mut self, _: &Ask, handled: Handled) -> Result<()> {
         for _ in 0..WORKERS {
             let (mut worker, handled) = (self.clone(), handled.clone());
-            tokio::spawn(async move { worker.drain(handled).await.expect("the worker lost its server") });
+            tokio::spawn(async move {
+                worker.drain(handled).await.expect("the worker lost its server")
+            });
         }
         Ok(())
     }
@@ -75,7 +77,9 @@ impl Beanstalkd {
         loop {
             let answer = line(connection).await?;
             let mut words = answer.split(' ');
-            let (Some("RESERVED"), Some(id), Some(length)) = (words.next(), words.next(), words.next()) else {
+            let (Some("RESERVED"), Some(id), Some(length)) =
+                (words.next(), words.next(), words.next())
+            else {
                 bail!("a reserve was answered {answer}");
             };
             let mut body = vec![0; length.parse::<usize>()? + 2];

@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use anyhow::{Result, anyhow};
 use graphile_worker::{
-    IntoTaskHandlerResult, JobSpec, LocalQueueConfig, TaskHandler, WorkerContext, WorkerOptions, WorkerUtils,
+    IntoTaskHandlerResult, JobSpec, LocalQueueConfig, TaskHandler, WorkerContext, WorkerOptions,
+    WorkerUtils,
 };
 use pumphouse_bench_peers::{Ask, Handled, Job, Peer, measure};
 use serde::{Deserialize, Serialize};
@@ -52,7 +53,9 @@ impl Peer for GraphileWorker {
         let settings = match measure {
             "enqueue" => format!("add_job, pool of {CONNECTIONS_MAX}"),
             "bulk" => "add_jobs".to_owned(),
-            "drain" => "concurrency 500, local queue 5000, completions batched within 5 ms".to_owned(),
+            "drain" => {
+                "concurrency 500, local queue 5000, completions batched within 5 ms".to_owned()
+            }
             _ => "concurrency 64, NOTIFY, no local queue".to_owned(),
         };
         ("0.14.1".to_owned(), settings)

@@ -40,8 +40,11 @@ impl Peer for Nats {
     fn describe(&self, measure: &str) -> (String, String) {
         let settings = match measure {
             "enqueue" => "file storage, sync_interval always; publish, ack awaited".to_owned(),
-            "bulk" => "file storage, sync_interval always; 1000 published, then all acks awaited".to_owned(),
-            _ => format!("file storage, sync_interval always; pull consumer, {FETCH_MAX} a fetch, ack each"),
+            "bulk" => "file storage, sync_interval always; 1000 published, then all acks awaited"
+                .to_owned(),
+            _ => format!(
+                "file storage, sync_interval always; pull consumer, {FETCH_MAX} a fetch, ack each"
+            ),
         };
         (self.version.clone(), settings)
     }
