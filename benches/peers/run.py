@@ -78,12 +78,12 @@ def arguments() -> argparse.Namespace:
     measuring = commands.add_parser("measure", help="measure a peer")
     measuring.add_argument("--peer", required=True, choices=[*PEERS, "all"])
     measuring.add_argument("--measure", required=True, choices=[*MEASURES, "all"])
-    measuring.add_argument("--producers", type=positive, help="calls in flight (default: 64 for enqueue, 1 for bulk)")
-    measuring.add_argument("--seconds", type=positive, default=10, help="how long calls are counted, after a second of warming up")
+    measuring.add_argument("--producers", type=positive, help="calls in flight (default: 64; 1 for bulk)")
+    measuring.add_argument("--seconds", type=positive, default=10, help="how long calls are counted, after a warm-up")
     measuring.add_argument("--jobs", type=positive, help="jobs to drain (default: 100,000; fewer for slow peers)")
     measuring.add_argument("--rate", type=positive, default=200, help="calls a second for latency")
     measuring.add_argument("--payload", type=positive, default=256, help="bytes in each job")
-    measuring.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="where servers keep their data: a real disk")
+    measuring.add_argument("--dir", type=Path, default=Path("/var/tmp"), help="a real disk for the servers' data")
     measuring.add_argument("--json", action="store_true", help="print JSON instead of a sentence")
     measuring.set_defaults(run=measure)
     return parser.parse_args()
@@ -147,7 +147,8 @@ def measure_one(peer: "Peer", ask: dict, parent: Path) -> dict:
         figures = run_driver(driver, ask | {"url": server.url, "variant": peer.variant})
     # A client of our own making has no version; there it is the server's that counts.
     version = figures.pop("version", None) or server.version.split()[-1]
-    return {"version": version, "server": server.version} | figures | {"payload": ask["payload"], "syncs_per_second": syncs}
+    head = {"version": version, "server": server.version}
+    return head | figures | {"payload": ask["payload"], "syncs_per_second": syncs}
 
 
 def run_driver(command: list[str], ask: dict) -> dict:
@@ -187,9 +188,9 @@ def syncs_per_second(directory: Path) -> int:
 
 def refuse_a_disk_that_never_syncs(directory: Path) -> None:
     """In memory a sync costs nothing, and every figure would be a different peer's."""
-    kind = subprocess.run(["stat", "--file-system", "--format=%T", directory], capture_output=True, text=True, check=True)
-    if kind.stdout.strip() in ("tmpfs", "ramfs"):
-        sys.exit(f"{directory} is in memory ({kind.stdout.strip()}), where a sync costs nothing; name a disk with --dir")
+    kind = output(["stat", "--file-system", "--format=%T", directory]).strip()
+    if kind in ("tmpfs", "ramfs"):
+        sys.exit(f"{directory} is in memory ({kind}), where a sync costs nothing; name a disk with --dir")
 
 
 @contextlib.contextmanager
@@ -251,7 +252,9 @@ def start_postgres(running: contextlib.ExitStack, directory: Path) -> Server:
         command += ["-c", f"{key}={value}"]
     # SIGINT is Postgres's fast shutdown: SIGTERM would wait for every client to leave.
     start(running, command, directory, port, stop_with=signal.SIGINT)
-    wait_until(lambda: subprocess.run([programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]).returncode == 0, directory)
+    # It listens before it has recovered its log, and turns clients away until then.
+    asking = [programs / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
+    wait_until(lambda: subprocess.run(asking).returncode == 0, directory)
     version = re.search(r"[\d.]+", output([programs / "postgres", "--version"])).group()
     return Server(f"postgres://postgres@127.0.0.1:{port}/postgres", f"PostgreSQL {version}")
 
@@ -287,8 +290,8 @@ def start_rabbitmq(running: contextlib.ExitStack, directory: Path) -> Server:
         "RABBITMQ_LOG_BASE": str(directory / "log"),
         "RABBITMQ_PID_FILE": str(directory / "pid"),
     }
-    # Erlang starts its name server as a daemon of its own; ours is on a port of its own, so that stopping it stops no other.
-    running.callback(subprocess.run, ["epmd", "-port", str(epmd_port), "-kill"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # Erlang starts its name server as a daemon of its own, here on a port of its own, so that stopping it stops no other.
+    running.callback(output, ["epmd", "-port", str(epmd_port), "-kill"])
     start(running, [server], directory, port, environment=environment)
     version = next(Path("/usr/lib/rabbitmq/lib").glob("rabbitmq_server-*")).name.removeprefix("rabbitmq_server-")
     return Server(f"amqp://guest:guest@127.0.0.1:{port}?heartbeat=60", f"RabbitMQ {version}")
@@ -492,13 +495,26 @@ PEERS = {
     for peer in (
         Peer("rabbitmq", start_rabbitmq, node_driver("amqplib", "rabbitmq.mjs")),
         Peer("bullmq", start_redis, node_driver("bullmq", "bullmq.mjs")),
-        Peer("nats", start_nats, rust_driver("nats"), drain_jobs=50_000),
-        Peer("beanstalkd", start_beanstalkd, rust_driver("beanstalkd"), drain_jobs=50_000),
+        Peer("nats", start_nats, rust_driver("nats"), drain_jobs=20_000),
+        Peer("beanstalkd", start_beanstalkd, rust_driver("beanstalkd"), drain_jobs=20_000),
         Peer("graphile-worker", start_postgres, node_driver("graphile-worker", "graphile-worker.mjs")),
         Peer("graphile-worker-rs", start_postgres, rust_driver("graphile_worker")),
         Peer("pg-boss", start_postgres, node_driver("pg-boss", "pg-boss.mjs")),
-        Peer("procrastinate", start_postgres, python_driver("procrastinate", "procrastinate_peer.py"), drain_jobs=5_000, drain_jobs_max=5_000),
-        Peer("apalis-sqlite", start_nothing, rust_driver("apalis"), variant="sqlite", drain_jobs=10_000, drain_jobs_max=10_000),
+        Peer(
+            "procrastinate",
+            start_postgres,
+            python_driver("procrastinate", "procrastinate_peer.py"),
+            drain_jobs=5_000,
+            drain_jobs_max=5_000,
+        ),
+        Peer(
+            "apalis-sqlite",
+            start_nothing,
+            rust_driver("apalis"),
+            variant="sqlite",
+            drain_jobs=10_000,
+            drain_jobs_max=10_000,
+        ),
         Peer("apalis-postgres", start_postgres, rust_driver("apalis"), variant="postgres"),
     )
 }
@@ -558,7 +574,8 @@ def install_debian_packages() -> None:
     say(f"installing {', '.join(lacking)}")
     with no_service_starts(root):
         run_step([*root, "apt-get", "update", "-q"])
-        run_step([*root, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-y", "-q", "--no-install-recommends", *lacking])
+        apt_get = [*root, "env", "DEBIAN_FRONTEND=noninteractive", "apt-get"]
+        run_step([*apt_get, "install", "-y", "-q", "--no-install-recommends", *lacking])
 
 
 @contextlib.contextmanager
@@ -567,7 +584,8 @@ def no_service_starts(root: list[str]):
     policy = Path("/usr/sbin/policy-rc.d")
     ours = not policy.exists()
     if ours:
-        subprocess.run([*root, "install", "-m", "755", "/dev/stdin", policy], input="#!/bin/sh\nexit 101\n", text=True, check=True)
+        refusal = "#!/bin/sh\nexit 101\n"
+        subprocess.run([*root, "install", "-m", "755", "/dev/stdin", policy], input=refusal, text=True, check=True)
     try:
         yield
     finally:
@@ -600,7 +618,8 @@ def install_python_packages() -> None:
 def build_rust_drivers() -> None:
     say("building the Rust drivers")
     manifest = HERE / "rust" / "Cargo.toml"
-    run_step(["nice", program("cargo"), "build", "--release", "--locked", "--manifest-path", manifest, "--target-dir", RUST])
+    build = [program("cargo"), "build", "--release", "--locked"]
+    run_step(["nice", *build, "--manifest-path", manifest, "--target-dir", RUST])
 
 
 def run_step(command: list, cwd: Path | None = None) -> None:
