@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import os
 import sys
 import time
@@ -24,6 +25,8 @@ SETTINGS = {
 
 
 async def main() -> None:
+    # It warns about an app that lives in the main module, which matters to workers in other processes.
+    logging.getLogger("procrastinate").setLevel(logging.ERROR)
     ask = json.loads(sys.argv[1])
     connector = procrastinate.PsycopgConnector(conninfo=ask["url"], min_size=1, max_size=CONNECTIONS_MAX)
     app = procrastinate.App(connector=connector)

@@ -14,6 +14,7 @@ use sqlx::postgres::PgPoolOptions;
 
 const SCHEMA: &str = "graphile_worker";
 const CONNECTIONS_MAX: u32 = 20;
+const LATENCY_CONCURRENCY: usize = 10;
 
 /// The library makes its handlers out of the payload alone, so they find their listener here.
 static HANDLED: OnceLock<Handled> = OnceLock::new();
@@ -56,7 +57,7 @@ impl Peer for GraphileWorker {
             "drain" => {
                 "concurrency 500, local queue 5000, completions batched within 5 ms".to_owned()
             }
-            _ => "concurrency 64, NOTIFY, no local queue".to_owned(),
+            _ => format!("concurrency {LATENCY_CONCURRENCY}, NOTIFY, no local queue"),
         };
         ("0.14.1".to_owned(), settings)
     }
@@ -88,7 +89,7 @@ impl Peer for GraphileWorker {
                 .complete_job_batch_delay(batch_delay)
                 .fail_job_batch_delay(batch_delay)
         } else {
-            options.concurrency(64)
+            options.concurrency(LATENCY_CONCURRENCY)
         };
         let worker = options.init().await?;
         tokio::spawn(async move { worker.run().await.expect("the worker lost its database") });
