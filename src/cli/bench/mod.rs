@@ -268,7 +268,7 @@ pub(super) async fn run(bench: Bench) -> Result<()> {
 async fn all_runs(measure: &Measure, stop: &CancellationToken) -> Result<()> {
     let common = measure.common();
     let mut progress = Progress::new(common.quiet);
-    let notes = notes(common);
+    let mut notes = notes(common);
     for note in &notes {
         progress.note(&format!("note: {note}"));
     }
@@ -278,9 +278,14 @@ async fn all_runs(measure: &Measure, stop: &CancellationToken) -> Result<()> {
             progress.label(format!("run {number} of {}: ", common.runs));
         }
         let run = one_run(measure, &progress, stop).await?;
-        let (figures, where_to) = run.ok_or_else(|| anyhow!("interrupted"))?;
-        runs.push(figures);
-        what = where_to;
+        let run = run.ok_or_else(|| anyhow!("interrupted"))?;
+        runs.push(run.figures);
+        what = run.what;
+        if let Some(said) = run.warnings
+            && !notes.contains(&said)
+        {
+            notes.push(said);
+        }
     }
     let what = format!("{}{} bytes each; {what}", measure.what(), common.payload);
     let mut settings = measure.settings();
@@ -289,19 +294,28 @@ async fn all_runs(measure: &Measure, stop: &CancellationToken) -> Result<()> {
     print(&if common.json { report.json() } else { report.table() })
 }
 
+/// What one run found, and where.
+struct Run {
+    figures: Figures,
+    what: String,
+    /// What the server warned of, as of a database that does not sync.
+    warnings: Option<String>,
+}
+
 /// One run from nothing to nothing; `None` where a signal came first.
 async fn one_run(
     measure: &Measure,
     progress: &Progress,
     stop: &CancellationToken,
-) -> Result<Option<(Figures, String)>> {
+) -> Result<Option<Run>> {
     let which = &measure.common().which;
     if let Measure::Drain(drain) = measure
         && drain.in_process()
     {
         let place = which.place.open()?;
         let figures = service::run(drain, &place, progress, stop).await?;
-        return Ok(figures.map(|figures| (figures, format!("this process, {}", place.what))));
+        let what = format!("this process, {}", place.what);
+        return Ok(figures.map(|figures| Run { figures, what, warnings: None }));
     }
     let stamps = Stamps::new();
     let sink = match measure.receiving() {
@@ -322,6 +336,7 @@ async fn one_run(
     if let (Err(error), Some(said)) = (&mut measured, target.last_words()) {
         *error = anyhow!("{error:#}\n  the server said: {said}");
     }
+    let warnings = target.last_words().map(|said| format!("the server said: {said}"));
     let what = target.what.clone();
     let closed = target.close().await;
     if let (Err(error), true) = (&closed, measured.is_err()) {
@@ -329,7 +344,7 @@ async fn one_run(
     }
     let figures = measured?;
     closed?;
-    Ok(figures.map(|figures| (figures, what)))
+    Ok(figures.map(|figures| Run { figures, what, warnings }))
 }
 
 /// The settings of the queue that is made.
