@@ -84,58 +84,61 @@ enum Measure {
 
 /// Help for the command as a whole.
 pub(super) const EXAMPLES: &str = "\
-For sizing your machine: each command starts a server of its own on a temporary SQLite file, loads it, and
-stops it. Nothing that exists is touched.
+For sizing your machine: each command starts a server of its own on a temporary SQLite file,
+loads it, and stops it. Nothing that exists is touched.
   pumphouse bench enqueue                     can it take your rush hour?
   pumphouse bench end-to-end                  can it deliver it as fast as it comes?
   pumphouse bench drain                       how long does a backlog last?
   pumphouse bench latency --rate 200          how long does a message take on a normal day?
 
-How to read it: rates are what this machine can do at most, with a load that runs on the same machine and
-takes its share. Plan with half of them. If end-to-end is far below enqueue, a rush hour builds a backlog;
-drain says how fast it goes away. Figures of two machines or two disks compare; figures of two moments on a
-busy machine may not: use --runs 5, and look at the spread. A debug build says nothing.";
+How to read it: rates are what this machine can do at most, with a load that runs on the same
+machine and takes its share. Plan with half of them. If end-to-end is far below enqueue, a
+rush hour builds a backlog; drain says how fast it goes away. Figures of two machines or two
+disks compare; figures of two moments on a busy machine may not: use --runs 5, and look at the
+spread. A debug build says nothing.";
 
 const ENQUEUE_EXAMPLES: &str = "\
 Examples:
   pumphouse bench enqueue --dir /var/lib/pumphouse          on the disk of the real database
-  pumphouse bench enqueue --connections 1                   one sender: the time of one synced commit
+  pumphouse bench enqueue --connections 1                   one sender: one synced commit each
   pumphouse bench enqueue --batch 1000 --connections 4      bulk
   pumphouse bench enqueue --database postgres://pump@db/empty
 
-How to read it: every message that counts was answered 201, so it was on disk. More connections share a
-commit, so the rate rises with them while p50 stays near one sync of the disk; p99 is what your slowest
-sender in a hundred waits. If one connection is slow, so is the disk's sync: no setting helps, another
-disk does.";
+How to read it: every message that counts was answered 201, so it was on disk. More
+connections share a commit, so the rate rises with them while p50 stays near one sync of the
+disk; p99 is what your slowest sender in a hundred waits. If one connection is slow, so is the
+disk's sync: no setting helps, another disk does.";
 
 const DRAIN_EXAMPLES: &str = "\
 Examples:
-  pumphouse bench drain                                     into a function, as a program that embeds the pump
+  pumphouse bench drain                                     into a function of this process
   pumphouse bench drain --handler http --messages 50000     into an HTTP handler
   pumphouse bench drain --concurrency 256
 
-How to read it: the backlog of a bad hour, divided by this rate, is how long it takes to catch up when your
-handler is as fast as this one, which does nothing. A handler that takes 50 ms with a limit of 16 does
-320 messages a second whatever is said here.";
+How to read it: the backlog of a bad hour, divided by this rate, is how long it takes to catch
+up when your handler is as fast as this one, which does nothing. A handler that takes 50 ms
+with a limit of 16 does 320 messages a second whatever is said here.";
 
 const END_TO_END_EXAMPLES: &str = "\
 Examples:
   pumphouse bench end-to-end --seconds 30 --runs 3
-  pumphouse bench end-to-end --url http://pump:8080 --sink 10.0.0.7:9000     a server elsewhere
+  pumphouse bench end-to-end --url http://pump:8080 --sink 10.0.0.7:9000   elsewhere
 
-How to read it: sending and delivering compete for the same machine, so this rate is what it holds for
-hours. The time counts until every message is delivered and settled. The time from sent to reached is under
-full load, where messages queue; for the time of a message on a normal day see `bench latency`.";
+How to read it: sending and delivering compete for the same machine, so this rate is what it
+holds for hours. The time counts until every message is delivered and settled. The time from
+sent to reached is under full load, where messages queue; for the time of a message on a
+normal day see `bench latency`.";
 
 const LATENCY_EXAMPLES: &str = "\
 Examples:
   pumphouse bench latency
   pumphouse bench latency --rate 2000 --seconds 60          at the pace of your rush hour
 
-How to read it: messages are sent at their times, whatever became of those before, and each counts from the
-time when it was due: a stall of a second shows in every message that fell into it, not in one. Of it, the
-generator's own lateness is shown; where that is large, the machine is too busy to be measured. Where p99
-grows with the duration, the rate is more than the machine holds.";
+How to read it: messages are sent at their times, whatever became of those before, and each
+counts from the time when it was due: a stall of a second shows in every message that fell
+into it, not in one. Of it, the generator's own lateness is shown; where that is large, the
+machine is too busy to be measured. Where p99 grows with the duration, the rate is more than
+the machine holds.";
 
 /// What all commands share.
 #[derive(Debug, clap::Args)]
