@@ -229,7 +229,8 @@ fn refuse_strangers(text: &str) -> Result<(), String> {
         .to_owned())
 }
 
-fn parse_database(text: &str) -> Result<DatabaseUrl, String> {
+/// The URL of a database of a kind that is known.
+pub(super) fn parse_database(text: &str) -> Result<DatabaseUrl, String> {
     // Only the scheme: which of them this program was built with, the store knows.
     let schemes = ["sqlite:", "postgres:", "postgresql:", "memory:"];
     if schemes.iter().any(|scheme| text.starts_with(scheme)) {

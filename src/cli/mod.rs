@@ -20,6 +20,7 @@ mod migrate;
 mod client;
 mod send;
 mod queues;
+mod bench;
 
 use std::io::{self, ErrorKind, Write};
 use std::process::ExitCode;
@@ -55,6 +56,7 @@ Examples:
   pumphouse serve --queue hello=log:          a server with a queue that shows its messages
   pumphouse send hello 'Good morning'         send it one
   pumphouse queues list                       see what became of it
+  pumphouse bench enqueue                     how much this machine can take
   pumphouse help serve                        every setting, and what it is without being set
 
 Settings come from defaults, then ./pumphouse.toml (or --config FILE), then PUMPHOUSE_* variables,
@@ -86,6 +88,9 @@ enum Command {
     /// Ask a running server whether it is ready; exits 0 if it is, 1 if not
     #[command(after_help = "Example:\n  pumphouse health --url http://127.0.0.1:8080")]
     Health(Server),
+    /// Measure what this machine can do, or a server that runs
+    #[command(after_help = bench::EXAMPLES)]
+    Bench(bench::Bench),
 }
 
 const SERVE_EXAMPLES: &str = "\
@@ -162,8 +167,14 @@ fn causes(error: &anyhow::Error) -> Vec<String> {
 fn begin(command: Command) -> Result<()> {
     // Only the first one counts, and this is the first: two providers would be a panic later.
     let _ = ring::default_provider().install_default();
-    let runtime = runtime::Builder::new_multi_thread().enable_all().build();
-    let runtime = runtime.context("cannot start the threads that do the work")?;
+    let mut builder = runtime::Builder::new_multi_thread();
+    if let Command::Bench(bench) = &command
+        && let Some(threads) = bench.threads()
+    {
+        builder.worker_threads(threads);
+    }
+    let runtime =
+        builder.enable_all().build().context("cannot start the threads that do the work")?;
     let done = runtime.block_on(execute(command));
     runtime.shutdown_timeout(LAST_WORDS);
     done
@@ -182,6 +193,7 @@ async fn execute(command: Command) -> Result<()> {
         Command::Send(message) => send::run(message).await,
         Command::Queues(action) => queues::run(action).await,
         Command::Health(server) => health(&server).await,
+        Command::Bench(bench) => bench::run(bench).await,
     }
 }
 

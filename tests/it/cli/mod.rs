@@ -1,6 +1,7 @@
-//! Does the command line do what its help says? Here is what needs no server; `talking` talks to one.
+//! Does the command line do what its help says? Here is what needs no server; `talking` talks to one, `bench` to its own.
 
 mod talking;
+mod bench;
 
 use std::process::{Command, Output};
 
