@@ -59,17 +59,22 @@ pub(super) fn around(router: Router, names: Names) -> Router {
             )
         })
         .layer(CatchPanicLayer::custom(panicked))
-        .layer(middleware::from_fn(move |request, next| refuse_strangers(names, request, next)))
-        .layer(middleware::from_fn(write_out))
+        .layer(middleware::from_fn(move |request, next| write_out(names, request, next)))
 }
 
-/// Gives the request an id, and writes out the problem it ended with, if it did.
-async fn write_out(mut request: Request, next: Next) -> Response {
+/// Gives the request an id, refuses it where a stranger made it, and writes out the problem it ended with,
+/// if it did. One layer for all three, because each layer is an allocation and a turn for every request.
+async fn write_out(names: Names, mut request: Request, next: Next) -> Response {
     let id = request_id(&request);
     let method = request.method().clone();
-    let route = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
-    request.extensions_mut().insert(RequestId(id.clone()));
-    let mut response = next.run(request).await;
+    let route = request.extensions().get::<MatchedPath>().cloned();
+    let mut response = match stranger(names, &request) {
+        Some(detail) => Problem::new(problem::CROSS_SITE, detail).into_response(),
+        None => {
+            request.extensions_mut().insert(RequestId(id.clone()));
+            next.run(request).await
+        }
+    };
     if let Some(problem) = response.extensions_mut().remove::<Problem>() {
         log(&problem, &id);
         let headers = std::mem::take(response.headers_mut());
@@ -85,15 +90,8 @@ async fn write_out(mut request: Request, next: Next) -> Response {
     if let Ok(id) = HeaderValue::try_from(id) {
         response.headers_mut().insert("x-request-id", id);
     }
-    count(route.as_deref(), &method, response.status());
+    count(route.as_ref().map(MatchedPath::as_str), &method, response.status());
     response
-}
-
-async fn refuse_strangers(names: Names, request: Request, next: Next) -> Response {
-    match stranger(names, &request) {
-        Some(detail) => Problem::new(problem::CROSS_SITE, detail).into_response(),
-        None => next.run(request).await,
-    }
 }
 
 /// Why this request was not made by whom it seems to be made, if it was not. Only browsers send what is

@@ -282,11 +282,10 @@ impl Batch {
 }
 
 fn one_raw(queue: &QueueName, headers: &HeaderMap, body: Bytes) -> Result<NewMessage, Problem> {
-    let fingerprint = envelope::fingerprint(headers, &body);
+    let key = envelope::key_of(headers)?;
+    let key = key.map(|key| envelope::own_key(&key, envelope::fingerprint(headers, &body)));
     let mut message = envelope::from_headers(queue, headers, body)?;
-    if let Some(key) = envelope::key_of(headers)? {
-        message.keys.push(envelope::own_key(&key, fingerprint));
-    }
+    message.keys.extend(key);
     Ok(message)
 }
 
@@ -425,10 +424,14 @@ impl Doors {
         queue: &QueueName,
         enqueue: Enqueue,
     ) -> Result<EnqueueOutcome, Problem> {
+        if !self.creates_queues() {
+            // One transaction, which the store ends whether anybody waits for it or not.
+            return Ok(self.pump().enqueue(enqueue).await?);
+        }
         let (this, queue) = (self.clone(), queue.clone());
         self.to_the_end(async move {
             let outcome = this.pump().enqueue(enqueue.clone()).await?;
-            if !this.creates_queues() || !lacks_queue(&outcome) {
+            if !lacks_queue(&outcome) {
                 return Ok(outcome);
             }
             this.make_queue(&queue).await?;

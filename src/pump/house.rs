@@ -152,13 +152,9 @@ impl Pumphouse {
         &self.0.replica
     }
 
-    /// Takes messages in, and counts them. See [`Store::enqueue`].
+    /// Takes messages in. See [`Store::enqueue`].
     pub async fn enqueue(&self, enqueue: Enqueue) -> store::Result<EnqueueOutcome> {
-        let outcome = self.0.store.enqueue(enqueue).await?;
-        if let EnqueueOutcome::Done(all) = &outcome {
-            count_enqueued(all);
-        }
-        Ok(outcome)
+        self.0.store.enqueue(enqueue).await
     }
 
     /// Takes one message in.
@@ -344,20 +340,6 @@ async fn declare(store: &dyn Store, queue: &Queue) -> store::Result<()> {
         store.put_queue(&queue.name, settings, Precondition::Exists).await?;
     }
     Ok(())
-}
-
-fn count_enqueued(all: &[Enqueued]) {
-    let mut new = BTreeMap::<&QueueName, u64>::new();
-    for one in all {
-        match one {
-            Enqueued::New(receipt) => *new.entry(&receipt.queue).or_default() += 1,
-            Enqueued::Duplicate(receipt) => metrics::duplicates(&receipt.queue).increment(1),
-            Enqueued::Refused(_) => (),
-        }
-    }
-    for (queue, count) in new {
-        metrics::enqueued(queue).increment(count);
-    }
 }
 
 impl House {

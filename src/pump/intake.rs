@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use tokio::sync::mpsc;
 
-use crate::model::Leased;
+use crate::model::{Leased, ReplicaName};
 use crate::policy;
-use crate::store::{self, Claim};
+use crate::store::{self, Claim, Taker};
 
 use super::QueuePump;
 use super::round::{Mode, Round};
@@ -20,18 +20,22 @@ impl QueuePump {
     pub(super) async fn take_in(
         self: Arc<Self>,
         round: Arc<Round>,
-        hand_over: mpsc::Sender<Leased>,
+        hand_over: mpsc::UnboundedSender<Leased>,
     ) {
+        let _door = BackDoor::open(&self, &round, &hand_over);
         let mut news = self.store.news().of_queue(&self.queue);
         let mut pause = PAUSE_MIN;
-        while let Some(room) = round.closed.run_until_cancelled(self.room()).await {
+        while let Some(room) = round.closed.run_until_cancelled(self.reserve_room()).await {
             if self.late.swap(false, Ordering::Relaxed) {
                 // What was leased came too late to start: leasing on at full speed would do the same again.
                 let wait = tokio::time::sleep(PAUSE_MIN);
                 let _ = round.closed.run_until_cancelled(wait).await;
             }
             news.mark_unchanged(); // before looking, so that nothing slips in between
-            match self.claim(room, round.mode).await {
+            let claimed = self.claim(room, round.mode).await;
+            let unused = room - claimed.as_ref().map_or(0, Vec::len);
+            self.held.fetch_sub(unused, Ordering::Relaxed);
+            match claimed {
                 Ok(leased) if leased.is_empty() => {
                     let wait = tokio::time::timeout(self.idle_wait(), news.changed());
                     // News, no news in time, or closed: each is a reason to look again or to end.
@@ -39,10 +43,9 @@ impl QueuePump {
                 }
                 Ok(leased) => {
                     pause = PAUSE_MIN;
-                    self.held.fetch_add(leased.len(), Ordering::Relaxed);
                     for next in leased {
                         // The loop on the other side reads until this side is gone.
-                        let _ = hand_over.send(next).await;
+                        let _ = hand_over.send(next);
                     }
                 }
                 Err(error) => {
@@ -66,27 +69,107 @@ impl QueuePump {
         self.store.lease(claim).await
     }
 
-    /// Waits until there is room for more, and says for how many.
-    async fn room(&self) -> usize {
+    /// Waits until there is room for more, and keeps it: for how many.
+    ///
+    /// Not for the few that one ended delivery makes room for while others are still held: a claim costs
+    /// the same for one message and for many.
+    async fn reserve_room(&self) -> usize {
         loop {
-            let usual = match self.usual.load(Ordering::Relaxed) {
-                0 => None,
-                micros => Some(Duration::from_micros(micros)),
-            };
-            let ceiling = self.ceiling.limit();
-            let ahead = policy::prefetch(self.gate.limit().min(ceiling), usual);
-            let wanted = self.gate.free().min(ceiling as usize) + ahead;
-            let room = wanted.saturating_sub(self.held.load(Ordering::Relaxed));
-            if room > 0 {
-                return room.min(policy::LEASE_BATCH_MAX);
+            let wanted = self.wanted();
+            let held = self.held.load(Ordering::Relaxed);
+            let room = wanted.saturating_sub(held).min(policy::LEASE_BATCH_MAX);
+            if room == 0 || (held > 0 && room < wanted / 2) {
+                self.gate.moved().await;
+            } else if self.swap_held(held, held + room) {
+                return room;
             }
-            self.gate.moved().await;
         }
+    }
+
+    /// How many messages are wanted here beyond those whose delivery has started.
+    fn wanted(&self) -> usize {
+        let usual = match self.usual.load(Ordering::Relaxed) {
+            0 => None,
+            micros => Some(Duration::from_micros(micros)),
+        };
+        let ceiling = self.ceiling.limit();
+        let ahead = policy::prefetch(self.gate.limit().min(ceiling), usual);
+        self.gate.free().min(ceiling as usize) + ahead
+    }
+
+    fn swap_held(&self, from: usize, to: usize) -> bool {
+        self.held.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed).is_ok()
     }
 
     /// How long to trust the news alone: long, because it seldom fails, and never the same for all queues.
     fn idle_wait(&self) -> Duration {
         IDLE_POLL.mul_f64(0.75 + self.clock.chance() / 2.0)
+    }
+}
+
+/// Where the store hands over what it has just committed, for as long as a round is open.
+struct BackDoor {
+    pump: Arc<QueuePump>,
+    taker: Arc<dyn Taker>,
+}
+
+impl BackDoor {
+    /// Opens it, unless only the urgent is wanted.
+    fn open(
+        pump: &Arc<QueuePump>,
+        round: &Round,
+        hand_over: &mpsc::UnboundedSender<Leased>,
+    ) -> Option<Self> {
+        if round.mode != Mode::All {
+            return None;
+        }
+        let taker = Arc::new(Reserved { pump: Arc::clone(pump), hand_over: hand_over.clone() });
+        pump.store.handover().open(pump.queue.clone(), taker.clone());
+        Some(Self { pump: Arc::clone(pump), taker })
+    }
+}
+
+impl Drop for BackDoor {
+    fn drop(&mut self) {
+        self.pump.store.handover().close(&self.pump.queue, &self.taker);
+    }
+}
+
+/// Takes what is handed over, as long as there is room.
+#[derive(Debug)]
+struct Reserved {
+    pump: Arc<QueuePump>,
+    hand_over: mpsc::UnboundedSender<Leased>,
+}
+
+impl Taker for Reserved {
+    fn reserve(&self) -> bool {
+        let pump = &self.pump;
+        loop {
+            let held = pump.held.load(Ordering::Relaxed);
+            if held >= pump.wanted() {
+                return false;
+            }
+            if pump.swap_held(held, held + 1) {
+                return true;
+            }
+        }
+    }
+
+    fn give_back(&self) {
+        self.pump.held.fetch_sub(1, Ordering::Relaxed);
+        self.pump.gate.nudge();
+    }
+
+    fn terms(&self) -> (ReplicaName, Duration) {
+        (self.pump.replica.clone(), self.pump.setup().settings.lease())
+    }
+
+    fn take(&self, leased: Leased) -> Result<(), Box<Leased>> {
+        self.hand_over.send(leased).map_err(|refused| {
+            self.give_back();
+            Box::new(refused.0)
+        })
     }
 }
 

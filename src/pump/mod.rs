@@ -84,12 +84,15 @@ impl QueuePump {
     ///
     /// Ends when the round is closed and everything leased is carried or given back.
     async fn run(self: Arc<Self>, round: Arc<Round>) {
-        let (hand_over, mut leased) = mpsc::channel(policy::LEASE_BATCH_MAX);
+        // Without a bound of its own: what is in it is `held`, which has one.
+        let (hand_over, mut leased) = mpsc::unbounded_channel();
         round.tasks.spawn(Arc::clone(&self).take_in(Arc::clone(&round), hand_over));
         while let Some(next) = leased.recv().await {
             let setup = self.setup();
             let slots = self.enter_in_time(&next, &setup, &round).await;
-            self.held.fetch_sub(1, Ordering::Relaxed);
+            if self.held.fetch_sub(1, Ordering::Relaxed) == 1 {
+                self.gate.nudge(); // the intake waits for this, or for much more
+            }
             match (slots, &setup.handler) {
                 (Some(slots), Some(_)) if !round.closed.is_cancelled() => {
                     let carry = Arc::clone(&self).carry(next, slots, setup, Arc::clone(&round));

@@ -15,6 +15,7 @@
 //!   postgres  N replicas on one database
 //! ```
 
+mod handover;
 mod news;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod columns;
@@ -24,6 +25,7 @@ mod sqlite;
 #[cfg(feature = "postgres")]
 mod postgres;
 
+use std::collections::HashMap;
 use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
@@ -37,7 +39,9 @@ use crate::model::{
     DeliveryRecord, Idempotency, Lease, Leased, MessageId, NewMessage, QueueName, QueueRecord,
     QueueSettings, Record, ReplicaName, RunState, Settlement, State, When,
 };
+use crate::telemetry::metrics;
 
+pub use handover::{Handover, Taker};
 pub use memory::Memory;
 pub use news::News;
 #[cfg(feature = "postgres")]
@@ -181,6 +185,9 @@ pub trait Store: Debug + Send + Sync + 'static {
 
     /// Who is told when there is something to do. See [`News`].
     fn news(&self) -> &News;
+
+    /// Who takes messages as soon as they are committed. A store may leave it unused. See [`Handover`].
+    fn handover(&self) -> &Handover;
 
     /// Ends what the store runs in the background, after what was promised is written. Twice does no harm.
     ///
@@ -565,6 +572,24 @@ pub async fn open(url: &str, clock: Arc<dyn Clock>) -> Result<Arc<dyn Store>> {
             let what = "the database URL starts with none of sqlite://, postgres://, memory:";
             Err(Error::Refused { what: what.to_owned() })
         }
+    }
+}
+
+/// Counts what one transaction has taken in, once it is committed, whether its callers still wait or not.
+fn count_enqueued<'a>(outcomes: impl IntoIterator<Item = &'a EnqueueOutcome>) {
+    let mut new = HashMap::<&QueueName, u64>::new();
+    for outcome in outcomes {
+        let EnqueueOutcome::Done(all) = outcome else { continue };
+        for one in all {
+            match one {
+                Enqueued::New(receipt) => *new.entry(&receipt.queue).or_default() += 1,
+                Enqueued::Duplicate(receipt) => metrics::duplicates(&receipt.queue).increment(1),
+                Enqueued::Refused(_) => (),
+            }
+        }
+    }
+    for (queue, count) in new {
+        metrics::enqueued(queue).increment(count);
     }
 }
 

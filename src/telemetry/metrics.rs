@@ -3,6 +3,9 @@
 //! Labels are bounded: queue names, and words of this program. Never ids, URLs or keys.
 #![expect(clippy::disallowed_macros, reason = "the one place where metrics are made")]
 
+use std::collections::HashMap;
+use std::sync::{LazyLock, PoisonError, RwLock};
+
 use metrics::{Counter, Gauge, Histogram, Unit, counter, gauge, histogram};
 
 use crate::model::{Outcome, QueueName, State};
@@ -169,7 +172,18 @@ pub fn batch_size(operation: &'static str) -> Histogram {
     histogram!(STORE_BATCH_SIZE, "operation" => operation)
 }
 
-/// Requests answered on this route.
+/// Requests answered on this route. Looked up once for each combination and then remembered: it is counted for
+/// every request, and routes, methods and statuses are few.
 pub fn http_requests(route: &str, method: &'static str, status: u16) -> Counter {
-    counter!(HTTP_REQUESTS, "route" => route.to_owned(), "method" => method, "status" => status.to_string())
+    type OfRoute = HashMap<(&'static str, u16), Counter>;
+    static KNOWN: LazyLock<RwLock<HashMap<String, OfRoute>>> = LazyLock::new(RwLock::default);
+    let known = KNOWN.read().unwrap_or_else(PoisonError::into_inner);
+    if let Some(counter) = known.get(route).and_then(|of| of.get(&(method, status))) {
+        return counter.clone();
+    }
+    drop(known);
+    let counter = counter!(HTTP_REQUESTS, "route" => route.to_owned(), "method" => method, "status" => status.to_string());
+    let mut known = KNOWN.write().unwrap_or_else(PoisonError::into_inner);
+    known.entry(route.to_owned()).or_default().insert((method, status), counter.clone());
+    counter
 }

@@ -30,8 +30,8 @@ use crate::model::{
 
 use super::{
     Amended, Amendment, Attendance, Attended, Claim, DeleteQueue, Depth, Enqueue, EnqueueOutcome,
-    Filter, Listed, News, Page, Precondition, Promoted, PumpRecord, PutQueue, Reaped, Result,
-    Settle, Settled, Store, Swept,
+    Filter, Handover, Listed, News, Page, Precondition, Promoted, PumpRecord, PutQueue, Reaped,
+    Result, Settle, Settled, Store, Swept, count_enqueued,
 };
 use books::Books;
 
@@ -40,12 +40,19 @@ pub struct Memory {
     clock: Arc<dyn Clock>,
     books: Mutex<Books>,
     news: News,
+    /// Nobody is handed anything: its claims cost nothing.
+    handover: Handover,
 }
 
 impl Memory {
     /// An empty store that goes by this clock.
     pub fn new(clock: Arc<dyn Clock>) -> Self {
-        Self { clock, books: Mutex::default(), news: News::default() }
+        Self {
+            clock,
+            books: Mutex::default(),
+            news: News::default(),
+            handover: Handover::default(),
+        }
     }
 
     /// Looks or writes, alone, at one moment; then tells the news.
@@ -71,7 +78,9 @@ impl fmt::Debug for Memory {
 #[async_trait]
 impl Store for Memory {
     async fn enqueue(&self, enqueue: Enqueue) -> Result<EnqueueOutcome> {
-        Ok(self.alone(|books, now| books.enqueue(enqueue, now)))
+        let outcome = self.alone(|books, now| books.enqueue(enqueue, now));
+        count_enqueued([&outcome]);
+        Ok(outcome)
     }
 
     async fn lease(&self, claim: Claim) -> Result<Vec<Leased>> {
@@ -186,6 +195,10 @@ impl Store for Memory {
 
     fn news(&self) -> &News {
         &self.news
+    }
+
+    fn handover(&self) -> &Handover {
+        &self.handover
     }
 
     async fn close(&self) {}

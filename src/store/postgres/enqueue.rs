@@ -9,7 +9,7 @@ use sqlx::{Connection, PgConnection, query};
 
 use crate::model::{Idempotency, NewMessage, QueueName};
 
-use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal, refusals};
+use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal, count_enqueued, refusals};
 use super::facts::{Care, Facts, Key, KeyName, Known};
 use super::fault::Trouble;
 use super::news::Word;
@@ -59,9 +59,11 @@ async fn enqueue(
     let facts = Facts::find(&mut transaction, &messages, &batches, care).await?;
     let mut plan = Plan::new(facts);
     let mut places = 0..;
-    let outcomes = calls.iter().map(|call| plan_call(&mut plan, call, &mut places)).collect();
+    let outcomes = calls.iter().map(|call| plan_call(&mut plan, call, &mut places));
+    let outcomes = outcomes.collect::<Vec<_>>();
     let word = plan.write(&mut transaction).await?;
     transaction.commit().await?;
+    count_enqueued(&outcomes);
     Ok((outcomes, word))
 }
 

@@ -41,8 +41,8 @@ use crate::model::{
 
 use super::{
     Amended, Amendment, Attendance, Attended, Claim, DeleteQueue, Depth, Enqueue, EnqueueOutcome,
-    Filter, Listed, News, Page, Precondition, Promoted, PumpRecord, PutQueue, Reaped, Result,
-    Settle, Settled, Store, Swept,
+    Filter, Handover, Listed, News, Page, Precondition, Promoted, PumpRecord, PutQueue, Reaped,
+    Result, Settle, Settled, Store, Swept,
 };
 use enqueue::Enqueues;
 use news::Herald;
@@ -62,6 +62,8 @@ pub struct Postgres {
     enqueues: Writer<Enqueues>,
     settles: Writer<Settles>,
     herald: Arc<Herald>,
+    /// Not used yet: every message is claimed.
+    handover: Handover,
     /// By which start of a process leases are taken, for each that has reported itself here.
     incarnations: Mutex<HashMap<ReplicaName, i64>>,
     stop: CancellationToken,
@@ -100,6 +102,7 @@ impl Postgres {
             // Durable too: a number of an attempt that the server forgot in a crash would come again.
             claims: Hands { pool: open::pool(durable(), 4), tasks },
             herald,
+            handover: Handover::default(),
             incarnations: Mutex::default(),
             _stop_when_dropped: stop.clone().drop_guard(),
             stop,
@@ -259,6 +262,10 @@ impl Store for Postgres {
 
     fn news(&self) -> &News {
         &self.herald.news
+    }
+
+    fn handover(&self) -> &Handover {
+        &self.handover
     }
 
     async fn close(&self) {

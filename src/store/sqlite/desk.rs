@@ -6,16 +6,18 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::sync::Arc;
+use std::time::Instant;
 
 use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions, Connection, Row, SqliteConnection, query, query_scalar};
 
 use crate::clock::Clock;
-use crate::model::{QueueName, QueueSettings, State};
+use crate::model::{MessageId, QueueName, QueueSettings, State, Token};
 use crate::telemetry::metrics;
 
-use super::super::News;
+use super::super::{Handover, News};
 use super::fault::{leaves_doubt, unreadable};
+use super::open::Opened;
 use super::rows;
 
 /// The writer's desk.
@@ -23,6 +25,8 @@ pub(super) struct Desk {
     pub(super) connection: SqliteConnection,
     /// The time of the transaction that is open: every comparison in it is with this one moment.
     pub(super) now: i64,
+    /// The same moment on the monotonic clock, or shortly before.
+    pub(super) began: Instant,
     /// The queues there are, as they were when the transaction began.
     pub(super) queues: Queues,
     /// What the transaction has changed in the counts so far.
@@ -39,6 +43,13 @@ pub(super) struct Desk {
     queues_changed: bool,
     /// Whether the connection is not to be used again: see [`Desk::start_anew`].
     in_doubt: bool,
+    /// How many messages are in which state, as the last commit left it.
+    counts: Counts,
+    /// What is leased here, by number, as far as it was not touched by anything but a settlement since.
+    /// What is not found here is looked for in the database.
+    pub(super) leases: HashMap<i64, Held>,
+    /// Who takes messages as soon as they are committed.
+    pub(super) handover: Arc<Handover>,
     options: SqliteConnectOptions,
     clock: Arc<dyn Clock>,
     news: Arc<News>,
@@ -62,39 +73,48 @@ const QUEUES: &str = "\
 select id, name, settings
 from queue";
 
-// Lives on: the primary keys of queue and tally. What is left of deleted queues is not counted.
-const CHANGE_TALLY: &str = "\
+/// Lives on: the primary keys of queue and tally. What is left of deleted queues is not counted.
+macro_rules! change_tally {
+    () => {
+        "\
 insert into tally (queue_id, state, n)
 select value ->> 0, value ->> 1, value ->> 2
 from json_each(?)
 where value ->> 0 in (select id from queue)
 on conflict (queue_id, state) do update
-set n = n + excluded.n";
+set n = n + excluded.n"
+    };
+}
 
-// Lives on: the primary key of tally.
-const UNSETTLED: &str = "\
-select coalesce(sum(n), 0)
-from tally
-where queue_id = ? and state in (0, 1, 2)";
+// Lives on: see `change_tally`. It is executed together with the commit.
+const CHANGE_TALLY: &str = change_tally!();
+
+// Lives on: tally, read whole; a few rows for each queue.
+const TALLY: &str = "\
+select queue_id, state, n
+from tally";
 
 /// The statements of this file.
-pub(super) const STATEMENTS: &[&str] =
-    &[LAST_SEQ, LAST_INCARNATION, QUEUES, CHANGE_TALLY, UNSETTLED];
+pub(super) const STATEMENTS: &[&str] = &[LAST_SEQ, LAST_INCARNATION, QUEUES, CHANGE_TALLY, TALLY];
 
 impl Desk {
     /// Sets it up over a connection that may write to a database with today's schema.
     pub(super) async fn new(
-        mut connection: SqliteConnection,
-        options: SqliteConnectOptions,
-        lock: File,
+        opened: Opened,
         clock: Arc<dyn Clock>,
         news: Arc<News>,
+        handover: Arc<Handover>,
     ) -> sqlx::Result<Self> {
+        let Opened { mut connection, options, lock } = opened;
         let (next_seq, incarnation) = recall(&mut connection).await?;
         Ok(Self {
             queues: Queues::load(&mut connection).await?,
+            counts: Counts::load(&mut connection).await?,
+            leases: HashMap::new(),
+            handover,
             connection,
             now: 0,
+            began: Instant::now(),
             tally: Tally::default(),
             word: Word::default(),
             careful: false,
@@ -121,6 +141,7 @@ impl Desk {
             query("begin immediate").execute(&mut self.connection).await?;
         }
         self.reported = None;
+        self.began = Instant::now();
         self.now = rows::micros(self.clock.now());
         self.tally = Tally::default();
         self.word = Word::default();
@@ -147,6 +168,8 @@ impl Desk {
         let _ = old.close().await;
         let (next_seq, incarnation) = recall(&mut self.connection).await?;
         self.next_seq = self.next_seq.max(next_seq);
+        self.counts = Counts::load(&mut self.connection).await?;
+        self.leases.clear();
         self.incarnation = incarnation;
         self.queues_changed = true;
         self.in_doubt = false;
@@ -156,10 +179,13 @@ impl Desk {
     /// Commits, and tells the news. On an error the transaction is still to be rolled back.
     pub(super) async fn commit(&mut self) -> sqlx::Result<()> {
         let changes = self.tally.changes();
-        if !changes.is_empty() {
-            query(CHANGE_TALLY).bind(rows::json(&changes)).execute(&mut self.connection).await?;
+        if changes.is_empty() {
+            query("commit").execute(&mut self.connection).await?;
+        } else {
+            let end = query(concat!(change_tally!(), ";\ncommit")).bind(rows::json(&changes));
+            end.execute(&mut self.connection).await?;
         }
-        query("commit").execute(&mut self.connection).await?;
+        self.counts.change(&self.tally);
         self.incarnation = self.reported.take().unwrap_or(self.incarnation);
         std::mem::take(&mut self.word).spread(&self.news);
         Ok(())
@@ -208,9 +234,17 @@ impl Desk {
         self.tally.add(queue_id, state, -1);
     }
 
-    /// How many messages of a queue were unsettled when the transaction began.
-    pub(super) async fn unsettled_before(&mut self, queue_id: i64) -> sqlx::Result<i64> {
-        query_scalar(UNSETTLED).bind(queue_id).fetch_one(&mut self.connection).await
+    /// How many messages of a queue are unsettled, with what this transaction has changed so far.
+    pub(super) fn unsettled(&self, queue_id: i64) -> i64 {
+        let living = State::ALL.into_iter().filter(|state| state.lives());
+        living.map(|state| self.count(queue_id, state)).sum()
+    }
+
+    /// How many messages of a queue are in this state, with what this transaction has changed so far.
+    pub(super) fn count(&self, queue_id: i64, state: State) -> i64 {
+        let key = (queue_id, state);
+        let before = self.counts.0.get(&key).copied().unwrap_or(0);
+        before + self.tally.0.get(&key).copied().unwrap_or(0)
     }
 
     /// Leaves the database in one tidy file, and the file to others.
@@ -305,6 +339,38 @@ impl Queues {
     }
 }
 
+/// How many messages of a queue are in which state.
+#[derive(Debug, Default)]
+struct Counts(HashMap<(i64, State), i64>);
+
+impl Counts {
+    async fn load(connection: &mut SqliteConnection) -> sqlx::Result<Self> {
+        let mut counts = Self::default();
+        for row in query(TALLY).fetch_all(connection).await? {
+            let key = (row.try_get("queue_id")?, rows::state(row.try_get("state")?)?);
+            counts.0.insert(key, row.try_get("n")?);
+        }
+        Ok(counts)
+    }
+
+    fn change(&mut self, tally: &Tally) {
+        for (key, n) in &tally.0 {
+            *self.0.entry(*key).or_default() += n;
+        }
+    }
+}
+
+/// A message that is leased, as far as settling needs it.
+#[derive(Debug)]
+pub(super) struct Held {
+    pub(super) id: MessageId,
+    pub(super) queue_id: i64,
+    pub(super) token: Token,
+    pub(super) enqueued_at: i64,
+    pub(super) due_at: i64,
+    pub(super) until: i64,
+}
+
 /// What one transaction changes in the counts, written once at its end.
 #[derive(Debug, Default)]
 pub(super) struct Tally(HashMap<(i64, State), i64>);
@@ -312,12 +378,6 @@ pub(super) struct Tally(HashMap<(i64, State), i64>);
 impl Tally {
     fn add(&mut self, queue_id: i64, state: State, n: i64) {
         *self.0.entry((queue_id, state)).or_default() += n;
-    }
-
-    /// By how much the number of a queue's unsettled messages has changed.
-    pub(super) fn unsettled(&self, queue_id: i64) -> i64 {
-        let living = State::ALL.into_iter().filter(|state| state.lives());
-        living.filter_map(|state| self.0.get(&(queue_id, state))).sum()
     }
 
     fn changes(&self) -> Vec<(i64, i16, i64)> {
@@ -369,7 +429,7 @@ mod tests {
         let opened = open::open(&url).await.unwrap();
         let clock = Arc::new(ManualClock::new(Timestamp::UNIX_EPOCH, 0.5));
         let news = Arc::new(News::default());
-        Desk::new(opened.connection, opened.options, opened.lock, clock, news).await.unwrap()
+        Desk::new(opened, clock, news, Arc::default()).await.unwrap()
     }
 
     /// Whether the connection is the one on which a table was made that no other can see.

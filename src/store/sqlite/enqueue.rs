@@ -5,15 +5,21 @@
 //! part of the plan, and never a row.
 
 use std::collections::HashMap;
+use std::time::Instant;
 
 use sqlx::{Row, query};
 
-use crate::model::{Idempotency, MessageId, NewMessage};
+use crate::model::{
+    Head, Idempotency, Lease, Leased, Message, MessageId, NewMessage, ReplicaName, State, Token,
+    Tries,
+};
 
+use super::super::handover::Place;
 use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal, Result, refusals};
-use super::desk::{Desk, Queue};
+use super::desk::{Desk, Held, Queue};
 use super::fault::{of_one, unreadable};
-use super::rows::{self, Insert, Statement, four, insert};
+use super::lease::new_token;
+use super::rows::{self, Insert, Rows, Statement};
 use super::surgery;
 
 /// Plans these calls one after the other, as if each were alone.
@@ -66,8 +72,6 @@ pub(super) struct Plan<'a> {
     known: HashMap<(i64, [u8; 16]), Known>,
     /// The messages that are there by name; filled only where somebody has to be careful.
     named: HashMap<MessageId, Receipt>,
-    /// How many unsettled messages the queues with a limit had before.
-    unsettled: HashMap<i64, i64>,
     rows: Vec<NewRow<'a>>,
     keys: Vec<NewKey>,
 }
@@ -94,6 +98,19 @@ struct NewRow<'a> {
     due_at: i64,
     expires_at: Option<i64>,
     receipt: Receipt,
+    /// With which it is stored, because somebody has a place for it. Its sender is told `ready` all the same.
+    lease: Option<NewLease>,
+}
+
+#[derive(Debug)]
+struct NewLease {
+    place: Place,
+    replica: ReplicaName,
+    incarnation: i64,
+    token: Token,
+    leased_at: i64,
+    /// By the clock of the database and by that of this process.
+    until: (i64, Instant),
 }
 
 #[derive(Debug)]
@@ -123,7 +140,6 @@ impl<'a> Plan<'a> {
     ) -> sqlx::Result<Self> {
         let mut plan = Self::default();
         plan.load_keys(desk, messages, calls).await?;
-        plan.load_counts(desk, messages).await?;
         if desk.careful {
             plan.load_names(desk, messages).await?;
         }
@@ -153,7 +169,7 @@ impl<'a> Plan<'a> {
     /// Takes back what was planned since then. News of it may still be told, and then is for nothing.
     pub(super) fn undo(&mut self, desk: &mut Desk, mark: Mark) {
         for row in self.rows.drain(mark.rows..) {
-            desk.went(row.queue_id, row.receipt.state);
+            desk.went(row.queue_id, row.state());
             self.named.remove(&row.message.id);
         }
         for key in self.keys.drain(mark.keys..) {
@@ -161,12 +177,14 @@ impl<'a> Plan<'a> {
         }
     }
 
-    /// Writes it.
-    pub(super) async fn write(self, desk: &mut Desk) -> sqlx::Result<()> {
+    /// Writes it; returns what is to be handed over once it is committed.
+    pub(super) async fn write(self, desk: &mut Desk) -> sqlx::Result<Vec<(Place, Leased)>> {
         let connection = &mut desk.connection;
-        rows::insert_all(connection, &INSERT_MESSAGES, &self.rows, NewRow::bind_message).await?;
-        rows::insert_all(connection, &INSERT_CONTENTS, &self.rows, NewRow::bind_content).await?;
-        rows::insert_all(connection, &INSERT_KEYS, &self.keys, NewKey::bind).await
+        let bind: &[fn(Statement, &NewRow<'a>) -> Statement] =
+            &[NewRow::bind_message, NewRow::bind_content];
+        INSERT_MESSAGES.all(connection, &self.rows, bind).await?;
+        INSERT_KEYS.all(connection, &self.keys, &[NewKey::bind]).await?;
+        Ok(self.rows.into_iter().filter_map(|row| row.handed(desk)).collect())
     }
 
     /// The answer to a message that has come before, by a key or by its name.
@@ -181,10 +199,8 @@ impl<'a> Plan<'a> {
     }
 
     fn is_full(&self, desk: &Desk, queue: &Queue) -> bool {
-        let Some(max) = queue.settings.max_messages else { return false };
-        let before = self.unsettled.get(&queue.id).copied().unwrap_or(0);
-        let now = u64::try_from(before + desk.tally.unsettled(queue.id)).unwrap_or(0);
-        now >= max
+        let unsettled = || u64::try_from(desk.unsettled(queue.id)).unwrap_or(0);
+        queue.settings.max_messages.is_some_and(|max| unsettled() >= max)
     }
 
     fn add(&mut self, desk: &mut Desk, queue: &Queue, message: &'a NewMessage) -> Receipt {
@@ -205,8 +221,9 @@ impl<'a> Plan<'a> {
             due_at,
             expires_at: message.expires.map(|when| rows::resolve(when, now)),
             receipt: receipt.clone(),
+            lease: self::lease(desk, queue, receipt.state),
         };
-        desk.came(queue.id, receipt.state);
+        desk.came(queue.id, row.state());
         for key in &message.keys {
             self.remember(desk, queue.id, *key, Some(&row));
         }
@@ -234,52 +251,114 @@ impl<'a> Plan<'a> {
     }
 }
 
-// Lives on: message, at its end. Each row takes its place in message_id, message_listed, one of
-// message_ready and message_due, and where it expires in message_expiring.
-const INSERT_MESSAGES: Insert = insert!(
-    "\
+// Lives on: message, at its end, and content, at its end. Each row takes its place in message_id,
+// message_listed, one of message_ready, message_leased and message_due, where it expires in message_expiring, and where
+// it has a correlation id in content_correlation.
+static INSERT_MESSAGES: Insert = Insert::into(&[
+    Rows {
+        head: "\
 insert into message (
     seq, id, queue_id, state, rank, due_at, urgent, attempts, failures, crashes, token,
-    leased_at, lease_until, incarnation, enqueued_at, expires_at, size
+    leased_at, lease_until, incarnation, replica, enqueued_at, expires_at, size
 )
 values\n",
-    "(?, ?, ?, ?, ?, ?, 0, 0, 0, 0, 0, 0, 0, 0, ?, ?, ?)",
-    ""
-);
-
-// Lives on: content, at its end, and content_correlation where there is a correlation id.
-const INSERT_CONTENTS: Insert = insert!(
-    "\
+        row: "(?, ?, ?, ?, ?, ?, 0, ?, 0, 0, ?, ?, ?, ?, ?, ?, ?, ?)",
+        tail: "",
+    },
+    Rows {
+        head: "\
 insert into content (seq, deliver_at, kind, correlation_id, details, body)
 values\n",
-    "(?, ?, ?, ?, ?, ?)",
-    ""
-);
+        row: "(?, ?, ?, ?, ?, ?)",
+        tail: "",
+    },
+]);
 
 // Lives on: the primary key of idempotency. What is replaced is a key that no longer counted.
-const INSERT_KEYS: Insert = insert!(
-    "\
+static INSERT_KEYS: Insert = Insert::into(&[Rows {
+    head: "\
 insert into idempotency (
     queue_id, key, fingerprint, seq, id, enqueued_at, deliver_at, expires_at, sweep_at
 )
 values\n",
-    "(?, ?, ?, ?, ?, ?, ?, ?, ?)",
-    "
+    row: "(?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    tail: "
 on conflict (queue_id, key) do update
 set fingerprint = excluded.fingerprint, seq = excluded.seq, id = excluded.id,
     enqueued_at = excluded.enqueued_at, deliver_at = excluded.deliver_at,
-    expires_at = excluded.expires_at, sweep_at = excluded.sweep_at"
-);
+    expires_at = excluded.expires_at, sweep_at = excluded.sweep_at",
+}]);
+
+/// A lease for a new message, where somebody has a place for it and no other message comes first.
+fn lease(desk: &Desk, queue: &Queue, state: State) -> Option<NewLease> {
+    if state != State::Ready || desk.count(queue.id, State::Ready) != 0 {
+        return None;
+    }
+    let place = desk.handover.place(&queue.name)?;
+    let (replica, duration) = place.terms();
+    Some(NewLease {
+        place,
+        replica,
+        incarnation: desk.incarnation,
+        token: new_token().ok()?,
+        leased_at: desk.now,
+        until: (rows::after(desk.now, duration), desk.began + duration),
+    })
+}
 
 impl NewRow<'_> {
+    fn state(&self) -> State {
+        if self.lease.is_some() { State::Leased } else { self.receipt.state }
+    }
+
+    /// What goes to the place that was kept for it, if there was one.
+    fn handed(self, desk: &mut Desk) -> Option<(Place, Leased)> {
+        let NewLease { place, token, leased_at, until, .. } = self.lease?;
+        let message = self.message;
+        let held = Held {
+            id: message.id,
+            queue_id: self.queue_id,
+            token,
+            enqueued_at: self.enqueued_at,
+            due_at: self.due_at,
+            until: until.0,
+        };
+        desk.leases.insert(self.seq, held);
+        let head = Head {
+            id: message.id,
+            queue: message.queue.clone(),
+            kind: message.kind.clone(),
+            correlation_id: message.correlation_id.clone(),
+            details: message.details.clone(),
+            priority: message.priority,
+            enqueued_at: self.receipt.enqueued_at,
+            expires_at: self.expires_at.and_then(|at| rows::moment(at).ok()),
+        };
+        let leased = Leased {
+            lease: Lease { seq: self.seq, id: message.id, token, until: until.1 },
+            message: Message { head, body: message.body.clone() }, // shares the bytes
+            tries: Tries { attempts: 1, failures: 0, crashes: 0 },
+            due_at: self.receipt.deliver_at,
+            leased_at: rows::moment(leased_at).unwrap_or_default(),
+        };
+        Some((place, leased))
+    }
+
     fn bind_message(statement: Statement, row: &Self) -> Statement {
+        let lease = row.lease.as_ref();
         statement
             .bind(row.seq)
             .bind(row.message.id.0.as_bytes().to_vec())
             .bind(row.queue_id)
-            .bind(row.receipt.state.code())
+            .bind(row.state().code())
             .bind(-i64::from(row.message.priority))
             .bind(row.due_at)
+            .bind(i64::from(lease.is_some()))
+            .bind(lease.map_or(0, |lease| lease.token.0))
+            .bind(lease.map_or(0, |lease| lease.leased_at))
+            .bind(lease.map_or(0, |lease| lease.until.0))
+            .bind(lease.map_or(0, |lease| lease.incarnation))
+            .bind(lease.map(|lease| lease.replica.as_str().to_owned()))
             .bind(row.enqueued_at)
             .bind(row.expires_at)
             .bind(i64::try_from(row.message.body.len()).unwrap_or(i64::MAX))
@@ -363,17 +442,6 @@ impl Plan<'_> {
         Ok(())
     }
 
-    async fn load_counts(&mut self, desk: &mut Desk, messages: &[&NewMessage]) -> sqlx::Result<()> {
-        for message in messages {
-            let Ok(Some(queue)) = desk.queues.named(&message.queue) else { continue };
-            if queue.settings.max_messages.is_some() && !self.unsettled.contains_key(&queue.id) {
-                let unsettled = desk.unsettled_before(queue.id).await?;
-                self.unsettled.insert(queue.id, unsettled);
-            }
-        }
-        Ok(())
-    }
-
     async fn load_names(&mut self, desk: &mut Desk, messages: &[&NewMessage]) -> sqlx::Result<()> {
         let names = messages.iter().map(|message| rows::hex(message.id.0.as_bytes()));
         let names = rows::json(&names.collect::<Vec<_>>());
@@ -411,7 +479,6 @@ fn bytes<const N: usize>(bytes: &[u8]) -> sqlx::Result<[u8; N]> {
 
 /// The statements of this file.
 pub(super) fn statements() -> impl Iterator<Item = &'static str> {
-    let inserts = [INSERT_MESSAGES, INSERT_CONTENTS, INSERT_KEYS];
-    let inserts = inserts.into_iter().flatten().map(|(_, text)| text);
+    let inserts = INSERT_MESSAGES.statements().chain(INSERT_KEYS.statements());
     inserts.chain([KNOWN_KEYS, KNOWN_NAMES])
 }

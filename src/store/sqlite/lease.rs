@@ -10,7 +10,7 @@ use sqlx::{Row, query};
 use crate::model::{Lease, Leased, Message, QueueName, State, Token, Tries};
 
 use super::super::Claim;
-use super::desk::{Desk, Queue};
+use super::desk::{Desk, Held, Queue};
 use super::fault::unreadable;
 use super::rows;
 
@@ -105,7 +105,7 @@ fn leased(row: &SqliteRow, queue: &QueueName, until: Instant, now: i64) -> sqlx:
     })
 }
 
-fn new_token() -> sqlx::Result<Token> {
+pub(super) fn new_token() -> sqlx::Result<Token> {
     let bits = getrandom::u64().map_err(|error| sqlx::Error::Io(std::io::Error::other(error)))?;
     Ok(Token((bits >> 1).cast_signed()))
 }
@@ -136,8 +136,18 @@ async fn mark_leased(
         .bind(claim.replica.as_str().to_owned())
         .execute(&mut desk.connection)
         .await?;
-    for _ in leased {
+    let until = rows::after(desk.now, claim.duration);
+    for Leased { lease, message, due_at, .. } in leased {
         desk.moved(queue.id, State::Ready, State::Leased);
+        let held = Held {
+            id: lease.id,
+            queue_id: queue.id,
+            token: lease.token,
+            enqueued_at: rows::micros(message.head.enqueued_at),
+            due_at: rows::micros(*due_at),
+            until,
+        };
+        desk.leases.insert(lease.seq, held);
     }
     Ok(())
 }
@@ -189,6 +199,9 @@ pub(super) async fn renew(
     leases: &[Lease],
     duration: Duration,
 ) -> sqlx::Result<Vec<bool>> {
+    for lease in leases {
+        desk.leases.remove(&lease.seq);
+    }
     let name = |lease: &Lease| rows::hex(lease.id.0.as_bytes());
     let held = leases.iter().map(|lease| (lease.seq, lease.token.0, name(lease)));
     let renew = query(RENEW)

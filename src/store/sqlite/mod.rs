@@ -40,8 +40,8 @@ use crate::model::{
 
 use super::{
     Amended, Amendment, Attendance, Attended, Claim, DeleteQueue, Depth, Enqueue, EnqueueOutcome,
-    Error, Filter, Listed, News, Page, Precondition, Promoted, PumpRecord, PutQueue, Reaped,
-    Result, Settle, Settled, Store, Swept,
+    Error, Filter, Handover, Listed, News, Page, Precondition, Promoted, PumpRecord, PutQueue,
+    Reaped, Result, Settle, Settled, Store, Swept,
 };
 use desk::Desk;
 use fault::of_one;
@@ -55,6 +55,7 @@ pub struct Sqlite {
     readers: SqlitePool,
     clock: Arc<dyn Clock>,
     news: Arc<News>,
+    handover: Arc<Handover>,
 }
 
 impl Sqlite {
@@ -67,10 +68,10 @@ impl Sqlite {
         let opened = open::open(url).await?;
         let readers = open::readers(&opened.options);
         let news = Arc::new(News::default());
-        let desk =
-            Desk::new(opened.connection, opened.options, opened.lock, clock.clone(), news.clone());
+        let handover = Arc::new(Handover::default());
+        let desk = Desk::new(opened, clock.clone(), news.clone(), handover.clone());
         let writer = Writer::start(desk.await.map_err(of_one)?);
-        Ok(Self { writer, readers, clock, news })
+        Ok(Self { writer, readers, clock, news, handover })
     }
 
     /// Brings the schema up to date and closes the database again; also makes one where there is none.
@@ -263,6 +264,10 @@ impl Store for Sqlite {
 
     fn news(&self) -> &News {
         &self.news
+    }
+
+    fn handover(&self) -> &Handover {
+        &self.handover
     }
 
     async fn close(&self) {

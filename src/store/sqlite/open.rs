@@ -45,7 +45,7 @@ pub(super) async fn open(url: &str) -> Result<Opened> {
 
 /// Connections that only read, made when they are needed.
 pub(super) fn readers(writing: &SqliteConnectOptions) -> SqlitePool {
-    let reading = for_all(writing.get_filename()).read_only(true).pragma("cache_size", "-8192");
+    let reading = for_all(writing.get_filename()).read_only(true).pragma("cache_size", "-4096");
     SqlitePoolOptions::new()
         .max_connections(READERS_MAX)
         .acquire_timeout(Duration::from_secs(5))
@@ -117,7 +117,7 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .journal_mode(SqliteJournalMode::Wal)
         // What was answered is on the disk.
         .synchronous(SqliteSynchronous::Full)
-        .pragma("cache_size", "-65536")
+        .pragma("cache_size", "-16384")
         .pragma("wal_autocheckpoint", "4000")
         .pragma("journal_size_limit", "134217728")
 }
@@ -128,7 +128,10 @@ fn for_all(path: &Path) -> SqliteConnectOptions {
         .busy_timeout(Duration::from_secs(5))
         .foreign_keys(false)
         .pragma("temp_store", "memory")
-        .statement_cache_capacity(128)
+        // The writer has an insert for every number of rows that is usual in a transaction.
+        .statement_cache_capacity(512)
+        // A claim's rows come in one go, and not in portions for which two threads wait for each other.
+        .row_buffer_size(1024)
         // A log line for each statement would cost as much as the statement.
         .disable_statement_logging()
 }

@@ -105,6 +105,7 @@ pub(super) async fn delete(
     if !force && unfinished.fetch_one(&mut desk.connection).await? > 0 {
         return Ok(DeleteQueue::NotEmpty);
     }
+    desk.leases.retain(|_, held| held.queue_id != queue.id);
     for text in [DELETE, DOOM, DELETE_TALLY] {
         query(text).bind(queue.id).execute(&mut desk.connection).await?;
     }

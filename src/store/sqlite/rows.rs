@@ -1,10 +1,11 @@
 //! Values on their way into rows and out of them. No statement is run here but the chunked insert.
 
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use sqlx::query::Query;
 use sqlx::sqlite::{SqliteArguments, SqliteRow};
-use sqlx::{Row, Sqlite, SqliteConnection};
+use sqlx::{AssertSqlSafe, Row, Sqlite, SqliteConnection};
 use uuid::Uuid;
 
 use crate::model::{Details, Head, MessageId, QueueName, Record, Tries};
@@ -44,48 +45,80 @@ pub(super) fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// An insert for 1, 16 and 64 rows: few texts, so that the statement cache keeps them all.
-pub(super) type Insert = [(usize, &'static str); 3];
-
-/// Makes an [`Insert`] from what comes before the rows, one row, and what comes after them.
-macro_rules! insert {
-    ($head:literal, $row:literal, $tail:literal) => {
-        [
-            (1, concat!($head, $row, $tail)),
-            (16, concat!($head, four!(four!($row)), $tail)),
-            (64, concat!($head, four!(four!(four!($row))), $tail)),
-        ]
-    };
+/// Inserts into one table or several that go together, for any number of rows. Each size is a text of its
+/// own, made once and prepared once, because every execution is a trip to another thread and back.
+pub(super) struct Insert {
+    tables: &'static [Rows],
+    texts: [OnceLock<Arc<str>>; SIZES.len()],
 }
 
-macro_rules! four {
-    ($row:expr) => {
-        concat!($row, ",\n", $row, ",\n", $row, ",\n", $row)
-    };
+/// An insert into one table: what comes before the rows, one row, and what comes after them.
+pub(super) struct Rows {
+    pub(super) head: &'static str,
+    pub(super) row: &'static str,
+    pub(super) tail: &'static str,
 }
 
-pub(super) use {four, insert};
+/// For how many rows there are texts: every number up to that of usual transactions, and then a few.
+const SIZES: [usize; 67] = {
+    let mut sizes = [0; 67];
+    let mut at = 0;
+    while at < 64 {
+        sizes[at] = at + 1;
+        at += 1;
+    }
+    (sizes[64], sizes[65], sizes[66]) = (128, 256, 512);
+    sizes
+};
 
-/// A statement on its way to SQLite.
-pub(super) type Statement = Query<'static, Sqlite, SqliteArguments>;
+impl Insert {
+    pub(super) const fn into(tables: &'static [Rows]) -> Self {
+        Self { tables, texts: [const { OnceLock::new() }; SIZES.len()] }
+    }
 
-/// Inserts rows, as many with one statement as there is a statement for.
-pub(super) async fn insert_all<R>(
-    connection: &mut SqliteConnection,
-    insert: &Insert,
-    mut rows: &[R],
-    bind: impl Fn(Statement, &R) -> Statement,
-) -> sqlx::Result<()> {
-    for (size, text) in insert.iter().rev() {
-        while rows.len() >= *size {
-            let (chunk, rest) = rows.split_at(*size);
-            let statement = chunk.iter().fold(sqlx::query(*text), &bind);
+    /// The texts with one row each, one for each table, for the test that looks at plans.
+    pub(super) fn statements(&self) -> impl Iterator<Item = &'static str> + use<> {
+        let one = |table: &Rows| -> &'static str {
+            format!("{}{}{}", table.head, table.row, table.tail).leak()
+        };
+        self.tables.iter().map(one).collect::<Vec<_>>().into_iter()
+    }
+
+    /// Inserts all, with as few executions as there are sizes for. `bind` has a function for each table.
+    pub(super) async fn all<R>(
+        &self,
+        connection: &mut SqliteConnection,
+        mut rows: &[R],
+        bind: &[fn(Statement, &R) -> Statement],
+    ) -> sqlx::Result<()> {
+        while !rows.is_empty() {
+            let fitting = SIZES.iter().rposition(|size| *size <= rows.len());
+            let size = fitting.expect("one of the sizes is one");
+            let (now, rest) = rows.split_at(SIZES[size]);
+            let mut statement = sqlx::query(AssertSqlSafe(self.text(size)));
+            for bind in bind {
+                statement = now.iter().fold(statement, bind);
+            }
             statement.execute(&mut *connection).await?;
             rows = rest;
         }
+        Ok(())
     }
-    Ok(())
+
+    fn text(&self, size: usize) -> Arc<str> {
+        let made = self.texts[size].get_or_init(|| {
+            let text = |table: &Rows| {
+                let rows = vec![table.row; SIZES[size]].join(",\n");
+                format!("{}{rows}{}", table.head, table.tail)
+            };
+            self.tables.iter().map(text).collect::<Vec<_>>().join(";\n").into()
+        });
+        Arc::clone(made)
+    }
 }
+
+/// A statement on its way to SQLite.
+pub(super) type Statement = Query<'static, Sqlite, SqliteArguments>;
 
 /// Reads a message's name.
 pub(super) fn message_id(row: &SqliteRow) -> sqlx::Result<MessageId> {

@@ -4,12 +4,12 @@ use std::collections::HashMap;
 
 use sqlx::{Row, query};
 
-use crate::model::{DeliveryRecord, NewMessage, Settlement, State};
+use crate::model::{DeliveryRecord, NewMessage, Settlement, State, Token};
 
 use super::super::{Enqueued, Error, Result, Settle, Settled};
-use super::desk::Desk;
+use super::desk::{Desk, Held};
 use super::enqueue::Plan;
-use super::rows::{self, Insert, Statement, four, insert};
+use super::rows::{self, Insert, Rows, Statement};
 
 /// Settles one after the other, as if each were alone; what handlers sent goes into the plan.
 ///
@@ -32,36 +32,40 @@ pub(super) async fn settle<'a>(
     Ok(answers)
 }
 
-/// A message that is leased, as far as settling needs it.
-struct Held {
-    id: Vec<u8>,
-    queue_id: i64,
-    token: i64,
-    enqueued_at: i64,
-    due_at: i64,
-}
-
 // Lives on: the primary keys of message and queue.
 const HELD: &str = "\
 select message.seq, message.id, message.queue_id, message.token, message.enqueued_at,
-    message.due_at
+    message.due_at, message.lease_until
 from json_each(?1) as wanted
 cross join message on message.seq = wanted.value
 where message.state = 2
     and message.lease_until > ?2
     and message.queue_id in (select id from queue)";
 
+/// What is known of these leases: by heart as far as it is, else from the database.
 async fn load_held(desk: &mut Desk, settles: &[&Settle]) -> sqlx::Result<HashMap<i64, Held>> {
-    let wanted = rows::list(settles.iter().map(|settle| settle.lease.seq));
-    let found = query(HELD).bind(wanted).bind(desk.now).fetch_all(&mut desk.connection).await?;
-    let mut held = HashMap::with_capacity(found.len());
-    for row in found {
+    let mut held = HashMap::with_capacity(settles.len());
+    let mut unknown = Vec::new();
+    for settle in settles {
+        let seq = settle.lease.seq;
+        match desk.leases.remove(&seq) {
+            Some(message) if message.until > desk.now => drop(held.insert(seq, message)),
+            _ if held.contains_key(&seq) => (),
+            _ => unknown.push(seq),
+        }
+    }
+    if unknown.is_empty() {
+        return Ok(held);
+    }
+    let found = query(HELD).bind(rows::list(unknown)).bind(desk.now);
+    for row in found.fetch_all(&mut desk.connection).await? {
         let message = Held {
-            id: row.try_get("id")?,
+            id: rows::shown_id(&row),
             queue_id: row.try_get("queue_id")?,
-            token: row.try_get("token")?,
+            token: Token(row.try_get("token")?),
             enqueued_at: row.try_get("enqueued_at")?,
             due_at: row.try_get("due_at")?,
+            until: row.try_get("lease_until")?,
         };
         held.insert(row.try_get("seq")?, message);
     }
@@ -76,9 +80,7 @@ fn decide<'a>(
     settle: &'a Settle,
 ) -> Result<Settled> {
     let lease = &settle.lease;
-    let is_held = |message: &Held| {
-        message.token == lease.token.0 && message.id == lease.id.0.as_bytes().as_slice()
-    };
+    let is_held = |message: &Held| message.token == lease.token && message.id == lease.id;
     if !held.get(&lease.seq).is_some_and(is_held) {
         return Ok(Settled::LeaseLost);
     }
@@ -177,22 +179,22 @@ async fn write(desk: &mut Desk, changes: Changes<'_>) -> sqlx::Result<()> {
 }
 
 // Lives on: the primary key of delivery, near its end. An attempt has one record: the first word counts.
-const INSERT_DELIVERIES: Insert = insert!(
-    "\
+static INSERT_DELIVERIES: Insert = Insert::into(&[Rows {
+    head: "\
 insert into delivery (
     seq, number, replica, started_at, duration, outcome, status, error_kind, error, answer
 )
 values\n",
-    "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-    "\non conflict (seq, number) do nothing"
-);
+    row: "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    tail: "\non conflict (seq, number) do nothing",
+}]);
 
 /// Keeps what is to be remembered of deliveries.
 pub(super) async fn record_deliveries(
     desk: &mut Desk,
     deliveries: &[(i64, &DeliveryRecord)],
 ) -> sqlx::Result<()> {
-    rows::insert_all(&mut desk.connection, &INSERT_DELIVERIES, deliveries, bind_delivery).await
+    INSERT_DELIVERIES.all(&mut desk.connection, deliveries, &[bind_delivery]).await
 }
 
 fn bind_delivery(statement: Statement, (seq, record): &(i64, &DeliveryRecord)) -> Statement {
@@ -211,6 +213,5 @@ fn bind_delivery(statement: Statement, (seq, record): &(i64, &DeliveryRecord)) -
 
 /// The statements of this file.
 pub(super) fn statements() -> impl Iterator<Item = &'static str> {
-    let inserts = INSERT_DELIVERIES.into_iter().map(|(_, text)| text);
-    inserts.chain([HELD, ACK, SETTLE])
+    INSERT_DELIVERIES.statements().chain([HELD, ACK, SETTLE])
 }

@@ -86,6 +86,7 @@ async fn take_back(desk: &mut Desk, leased: &[SqliteRow]) -> sqlx::Result<Vec<Re
         records.push((seq, lost_delivery(row, desk.now)?));
         reaped.push(Reaped { id: rows::shown_id(row), queue: queue.name.clone(), state });
         desk.moved(queue.id, State::Leased, state);
+        desk.leases.remove(&seq);
     }
     if lost.is_empty() {
         return Ok(reaped);

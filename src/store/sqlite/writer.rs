@@ -19,7 +19,10 @@ use tokio_util::task::TaskTracker;
 use crate::model::{Leased, Settlement};
 use crate::telemetry::metrics;
 
-use super::super::{Claim, Enqueue, EnqueueOutcome, Error, Result, Settle, Settled};
+use super::super::handover::Place;
+use super::super::{
+    Claim, Enqueue, EnqueueOutcome, Error, Result, Settle, Settled, count_enqueued,
+};
 use super::desk::Desk;
 use super::enqueue::{self, Plan};
 use super::fault::{fault, is_known_already, of_one};
@@ -245,6 +248,8 @@ struct Answers {
     settles: Vec<Result<Settled>>,
     enqueues: Vec<Result<EnqueueOutcome>>,
     claims: Vec<Result<Vec<Leased>>>,
+    /// What was stored as leased, for those who have a place for it.
+    handed: Vec<(Place, Leased)>,
 }
 
 /// Where a transaction failed. What failed before the commit has certainly not happened.
@@ -302,7 +307,7 @@ async fn apply(desk: &mut Desk, batch: &Batch) -> sqlx::Result<Answers> {
     let mut plan = Plan::load(desk, &sent, &calls).await?;
     let settles = settle::settle(desk, &mut plan, &settles).await?;
     let enqueues = enqueue::plan_calls(desk, &mut plan, calls.iter().copied());
-    plan.write(desk).await?;
+    let handed = plan.write(desk).await?;
     let mut claims = Vec::with_capacity(batch.claims.len());
     for (asked, _) in &batch.claims {
         claims.push(match desk.queues.named(&asked.claim.queue) {
@@ -311,7 +316,7 @@ async fn apply(desk: &mut Desk, batch: &Batch) -> sqlx::Result<Answers> {
             Err(error) => Err(of_one(error)),
         });
     }
-    Ok(Answers { settles, enqueues, claims })
+    Ok(Answers { settles, enqueues, claims, handed })
 }
 
 /// Tells everybody. Nobody may listen any more; then the write has happened all the same.
@@ -319,10 +324,13 @@ async fn answer(desk: &mut Desk, batch: Batch, answers: Answers) {
     for ((_, reply), answer) in batch.settles.into_iter().zip(answers.settles) {
         let _ = reply.send(answer);
     }
+    count_enqueued(answers.enqueues.iter().filter_map(|outcome| outcome.as_ref().ok()));
     for ((_, reply), answer) in batch.enqueues.into_iter().zip(answers.enqueues) {
         let _ = reply.send(answer);
     }
-    let mut left = Vec::new();
+    let hand = |(place, leased): (Place, Leased)| place.hand(leased).err();
+    let mut left =
+        answers.handed.into_iter().filter_map(hand).map(|leased| *leased).collect::<Vec<_>>();
     for ((_, reply), answer) in batch.claims.into_iter().zip(answers.claims) {
         left.extend(reply.send(answer).err().and_then(Result::ok).unwrap_or_default());
     }

@@ -1,0 +1,77 @@
+//! The short way from a commit to a pump of the same process.
+//!
+//! A message that is due now, of a queue in which no other is ready, can be stored as leased from the start,
+//! and handed over in memory once that is committed: its lease costs no transaction of its own, and it is
+//! not read back. Where nobody has a place for it, it is stored as ready, and is claimed later like any other.
+
+use std::collections::HashMap;
+use std::fmt::Debug;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
+
+use crate::model::{Leased, QueueName, ReplicaName};
+
+/// Who takes messages as soon as they are committed.
+pub trait Taker: Debug + Send + Sync {
+    /// Keeps a place for one more message, if there is one.
+    fn reserve(&self) -> bool;
+
+    /// Gives back a place that was not used.
+    fn give_back(&self);
+
+    /// In whose name, and for how long, its messages are leased.
+    fn terms(&self) -> (ReplicaName, Duration);
+
+    /// Takes a message to a place that was kept. **Fails** where nobody takes any more; the place is free then.
+    fn take(&self, leased: Leased) -> Result<(), Box<Leased>>;
+}
+
+/// Who takes the messages of which queue.
+#[derive(Debug, Default)]
+pub struct Handover(RwLock<HashMap<QueueName, Arc<dyn Taker>>>);
+
+impl Handover {
+    /// From now on this one takes the messages of a queue, in place of any other.
+    pub fn open(&self, queue: QueueName, taker: Arc<dyn Taker>) {
+        self.0.write().unwrap_or_else(PoisonError::into_inner).insert(queue, taker);
+    }
+
+    /// From now on this one takes no more; another that came in its place is left alone.
+    pub fn close(&self, queue: &QueueName, taker: &Arc<dyn Taker>) {
+        let mut takers = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if takers.get(queue).is_some_and(|open| Arc::ptr_eq(open, taker)) {
+            takers.remove(queue);
+        }
+    }
+
+    /// A place for one message of a queue, if somebody has one.
+    pub(super) fn place(&self, queue: &QueueName) -> Option<Place> {
+        let takers = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        let taker = takers.get(queue).filter(|taker| taker.reserve())?;
+        Some(Place(Some(Arc::clone(taker))))
+    }
+}
+
+/// A place that is kept for a message until it is handed over; dropped before that, it is given back.
+#[derive(Debug)]
+pub(super) struct Place(Option<Arc<dyn Taker>>);
+
+impl Place {
+    /// In whose name, and for how long, the message is leased.
+    pub(super) fn terms(&self) -> (ReplicaName, Duration) {
+        self.0.as_ref().expect("a place is used once").terms()
+    }
+
+    /// Hands a message over that is committed. **Fails** where nobody takes it any more.
+    pub(super) fn hand(mut self, leased: Leased) -> Result<(), Box<Leased>> {
+        self.0.take().expect("a place is used once").take(leased)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(taker) = self.0.take() {
+            taker.give_back();
+        }
+    }
+}
