@@ -283,7 +283,7 @@ class Pump:
     def resident_mb(self) -> float:
         for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
             if line.startswith("VmRSS:"):
-                return int(line.split()[1]) / 1024
+                return int(line.split()[1]) * 1024 / 1e6
         raise Failed("the server has ended")
 
     def cpu_seconds(self) -> float:

@@ -200,7 +200,7 @@ class Steps:
         self.expected_done = 0.0
         self.number = 0
         self.began = time.monotonic()
-        say(f"{self.count} steps, some {self.expected_left / 60:.0f} minutes")
+        say(f"{self.count} steps, {span(self.expected_left)} or so")
 
     def note(self, text: str) -> None:
         say(f"{'':11}{text}")
@@ -216,9 +216,12 @@ class Steps:
         self.expected_done += self.step_expected
         self.expected_left -= self.step_expected
         factor = (time.monotonic() - self.began) / self.expected_done
-        left = self.expected_left * factor
-        left = f"{left / 60:.0f} min" if left > 90 else f"{left:.0f} s"
+        left = span(self.expected_left * factor)
         say(f"{report.brief(figures)} ({took:.1f} s; {left} left)")
+
+
+def span(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
 
 
 # --- programs and files ----------------------------------------------------------------------------------------------

@@ -14,12 +14,14 @@ PEER_COLUMNS = (
     ("latency", "p50_ms", "latency at 200/s, p50, ms"),
     ("latency", "p99_ms", "p99, ms"),
 )
-QUICK = "A quick run: it shows that everything runs. Its figures say nothing."
+QUICK = "A quick run: it shows that everything runs. Its figures say nothing, so they are held to no target."
 MILLIS, MICROS, MEGABYTES = "ms", "µs", "MB"
 
 
 def text(result: dict) -> str:
-    parts = [columns(table) for table in tables(result)]
+    found = Found(result)
+    short = [required(result), beside_peers(found), missing(result)]
+    parts = [columns(table) for table in short if table.rows]
     parts.append(standing(result))
     return "\n\n".join(part for part in parts if part)
 
@@ -53,12 +55,6 @@ class Table:
         self.title, self.head, self.rows, self.right = title, head, rows, right
 
 
-def tables(result: dict) -> list[Table]:
-    found = Found(result)
-    all_tables = [required(result), beside_peers(found), everything(result, found), missing(result, found)]
-    return [table for table in all_tables if table.rows]
-
-
 def required(result: dict) -> Table:
     head = ["", "what", "median (min–max)", "compared with", "its median", "ratio (min–max)", "target", ""]
     rows = []
@@ -83,7 +79,7 @@ def required(result: dict) -> Table:
 def target(one: dict) -> str:
     if one["target"] is None:
         return ""
-    if one["against"] is None and one["ratio"] is None:
+    if one["figure"] and one["against"] is None:
         return f"{one['sense']} {number(one['unit'], one['target'])}{unit(one['unit'])}"
     also = f", or {number(one['unit'], one['or_figure'])}{unit(one['unit'])}" if one["or_figure"] else ""
     return f"{one['sense']} {one['target']:.2f}{also}"
@@ -116,14 +112,21 @@ def runs_of(found: Found, group: str, key: str) -> list[dict]:
     return series["runs"] if series else []
 
 
-def everything(result: dict, found: Found) -> Table:
+def everything(found: Found, group: dict) -> Table:
     rows = []
-    for group in result["groups"]:
-        for one in group["series"]:
-            for figure in figures_of(one):
-                spread = found.spread(group["key"], one["key"], figure)
-                rows.append([group["title"], one["label"], name_of(figure), shown(figure, spread), str(spread["runs"])])
-    return Table("Everything that was measured", ["group", "what", "figure", "median (min–max)", "runs"], rows, {3, 4})
+    for one in group["series"]:
+        label = one["label"]
+        for figure in figures_of(one):
+            spread = found.spread(group["key"], one["key"], figure)
+            rows.append([label, name_of(figure), shown(figure, spread), str(spread["runs"]), f"`{one['how']}`" if label else ""])
+            label = ""
+    return Table(group["title"], ["what", "figure", "median (min–max)", "runs", "measured with"], rows, {2, 3})
+
+
+def all_notes(result: dict) -> list[str]:
+    """What the programs said that a reader must know."""
+    runs = (run for group in result["groups"] for one in group["series"] for run in one["runs"])
+    return list(dict.fromkeys(note for run in runs for note in run.get("notes", [])))
 
 
 def figures_of(one: dict) -> list[str]:
@@ -132,7 +135,7 @@ def figures_of(one: dict) -> list[str]:
     return [key for key in keys if key in FIGURES]
 
 
-def missing(result: dict, found: Found) -> Table:
+def missing(result: dict) -> Table:
     rows = []
     for group in result["groups"]:
         for one in group["series"]:
@@ -141,9 +144,9 @@ def missing(result: dict, found: Found) -> Table:
                 why = bad[-1].get("failed") or bad[-1].get("skipped")
                 rows.append([group["title"], one["label"], f"{len(bad)} of {len(one['runs'])}", why])
     chosen = {group["key"] for group in result["groups"]}
-    for one in result["requirements"]:
-        if one["group"] not in chosen:
-            rows.append(["requirement " + one["item"], one["text"], "all", "not chosen in this run"])
+    left_out = [one["item"] for one in result["requirements"] if one["group"] not in chosen]
+    for item in dict.fromkeys(left_out):
+        rows.append([f"requirement {item}", f"{left_out.count(item)} of its figures", "all", "not chosen in this run"])
     return Table("What was not measured, and why", ["group", "what", "runs", "why"], rows, set())
 
 
@@ -208,11 +211,12 @@ def columns(table: Table) -> str:
 
 def standing(result: dict) -> str:
     """How many requirements are met, on one line."""
+    if result["quick"]:
+        return QUICK
     held = [one for one in result["requirements"] if one["target"] is not None]
     met = sum(one["met"] is True for one in held)
     missed = sum(one["met"] is False for one in held)
-    line = f"{len(held)} targets: {met} met, {missed} missed, {len(held) - met - missed} not measured"
-    return f"{line}\n{QUICK}" if result["quick"] else line
+    return f"{len(held)} targets: {met} met, {missed} missed, {len(held) - met - missed} not measured."
 
 
 def markdown(result: dict, source: str, drawings: list[str]) -> str:
@@ -234,11 +238,18 @@ def markdown(result: dict, source: str, drawings: list[str]) -> str:
             ]
         ),
     ]
-    if result["quick"]:
-        parts.insert(1, f"**{QUICK}**")
-    parts.append(standing(result).splitlines()[0] + ".")
+    parts.append(f"**{standing(result)}**")
     parts += [f"![{DRAWINGS[Path(name).stem]}]({name})" for name in drawings]
-    parts += [f"## {table.title}\n\n{markdown_table(table)}" for table in tables(result)]
+    found = Found(result)
+    short = [required(result), beside_peers(found), missing(result)]
+    parts += [f"## {table.title}\n\n{markdown_table(table)}" for table in short if table.rows]
+    if notes := all_notes(result):
+        parts.append("## What the programs warned of\n\n" + "\n".join(f"* {note}" for note in notes))
+    parts.append("## Everything that was measured")
+    for group in result["groups"]:
+        disk = ", ".join(f"{rate:,}" for rate in group["syncs_per_second"])
+        rounds = f"Disk syncs a second before each round: {disk}."
+        parts.append(f"### {group['title']}\n\n{rounds}\n\n{markdown_table(everything(found, group))}")
     return "\n\n".join(parts) + "\n"
 
 
