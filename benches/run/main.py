@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import datetime
+import http.client
 import json
 import os
 import shutil
@@ -28,6 +29,8 @@ FREE_BYTES_MIN = 6 << 30
 """A million messages stand in each store at once, with their logs."""
 FAILURES_MAX = 2
 """What has failed so often is not tried again: each time may cost its whole patience."""
+MISHAPS = (Failed, OSError, http.client.HTTPException, KeyError, ValueError)
+"""What can go wrong with one measurement: its program, its sockets, or what it printed."""
 
 
 def main() -> int:
@@ -38,7 +41,7 @@ def main() -> int:
     try:
         return measure(args)
     except KeyboardInterrupt:
-        say("interrupted: everything that was started is stopped, nothing is left in the directory")
+        say("\ninterrupted: everything that was started is stopped, nothing is left in the directory")
         return 130
     except Failed as why:
         say(f"error: {why}")
@@ -157,8 +160,8 @@ def rounds(bench: Bench, group: plan.Group, runs: int, steps: "Steps") -> dict:
             steps.note(f"{group.key}: {group.opening}")
             try:
                 state = group.open(open_for_all_rounds)
-            except Failed as why:
-                broken = str(why)
+            except MISHAPS as why:
+                broken = reason(bench, why)
         for number in range(1, runs + 1):
             syncs.append(peers.syncs_per_second(bench.directory))
             for series in group.series:
@@ -184,11 +187,16 @@ def one(bench: Bench, series: plan.Series, state, before: list[dict]) -> dict:
         return skipped[0]
     failed = [run for run in before if "failed" in run]
     if len(failed) >= FAILURES_MAX:
-        return failed[-1]
+        return {"failed": f"not tried again after it failed {FAILURES_MAX} times; first: {failed[0]['failed']}"}
     try:
         return series.measure(state)
-    except Failed as why:
-        return {"failed": bench.without_paths(str(why))}
+    except MISHAPS as why:
+        return {"failed": reason(bench, why)}
+
+
+def reason(bench: Bench, why: Exception) -> str:
+    text = str(why) if isinstance(why, Failed) else f"{type(why).__name__}: {why}"
+    return bench.without_paths(text)
 
 
 class Steps:

@@ -29,7 +29,19 @@ STORES = ("sqlite", "postgres")
 NAMES = {"sqlite": "SQLite", "postgres": "Postgres"}
 POSTGRES_PEERS = ("graphile-worker", "graphile-worker-rs", "pg-boss", "procrastinate", "apalis-postgres")
 REDIS_PEERS = ("bullmq",)
-PEERS_WITH_BULK_JOBS = ("graphile-worker", "graphile-worker-rs", "pg-boss", "apalis-postgres")
+PEER_NAMES = {
+    "rabbitmq": "RabbitMQ",
+    "bullmq": "BullMQ, Redis",
+    "nats": "NATS JetStream",
+    "beanstalkd": "beanstalkd",
+    "graphile-worker": "graphile-worker (npm)",
+    "graphile-worker-rs": "graphile_worker (Rust)",
+    "pg-boss": "pg-boss",
+    "procrastinate": "procrastinate",
+    "apalis-sqlite": "apalis, SQLite",
+    "apalis-postgres": "apalis, Postgres",
+}
+PEERS_WITH_ALL_MESSAGES = ("graphile-worker", "graphile-worker-rs", "pg-boss", "apalis-postgres")
 """Those that drain as many messages as the pump does; the others take fewer, or the run would take hours."""
 
 
@@ -503,13 +515,13 @@ def peer(bench: Bench, name: str, measure: str, producers: int | None) -> Series
         command += ["--seconds", bench.sizes.peer_seconds, "--payload", PAYLOAD, "--rate", RATE]
         if producers:
             command += ["--producers", producers]
-        jobs = bench.sizes.peer_jobs or (bench.sizes.drained if name in PEERS_WITH_BULK_JOBS else None)
+        jobs = bench.sizes.peer_jobs or (bench.sizes.drained if name in PEERS_WITH_ALL_MESSAGES else None)
         if jobs:
             command += ["--jobs", jobs]
         return line_of(command)
 
     how = f"benches/peers/run.py measure --peer {name} --measure {measure}" + (f" --producers {producers}" if producers else "")
-    return Series(name, name, "peer", how, bench.sizes.peer_seconds + 6, ask)
+    return Series(name, PEER_NAMES.get(name, name), "peer", how, bench.sizes.peer_seconds + 6, ask)
 
 
 def line_of(command: list) -> dict:

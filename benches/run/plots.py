@@ -8,7 +8,7 @@ from figures import Found
 from plan import CONNECTIONS, NAMES, STORES
 
 OWN, PEER, BARE, TEXT, LINE = "#2f81f7", "#8b949e", "#8b949e", "#747c85", "#8b949e"
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 820, 210, 90, 62, 34
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 840, 225, 90, 62, 34
 PLOT = WIDTH - LEFT - RIGHT
 FONT = "-apple-system, 'Segoe UI', 'Noto Sans', Helvetica, Arial, sans-serif"
 
@@ -39,7 +39,6 @@ def all_of(result: dict) -> dict[str, str]:
             "From the call to the handler at 200 messages a second, in ms",
             ["p50", "p99"],
             rows(found, [("latency", "p50_ms"), ("latency", "p99_ms")], bare=False),
-            # The least first, where the most is the best elsewhere.
         ),
     }
     return {name: drawing for name, drawing in drawn.items() if drawing}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import plots
 from figures import Found
-from plan import NAMES, STORES
+from plan import NAMES, PEER_NAMES, STORES
 
 PEER_COLUMNS = (
     ("enqueue-1", "per_second", "enqueue, 1 producer, /s"),
@@ -97,7 +97,7 @@ def beside_peers(found: Found) -> Table:
     for key in [*STORES, *names] if names else []:
         cells = [peer_cell(found, group, key, figure) for group, figure, _ in PEER_COLUMNS]
         version = next((run["version"] for group, _, _ in PEER_COLUMNS for run in runs_of(found, group, key) if "version" in run), "")
-        rows.append([f"Pumphouse, {NAMES[key]}" if key in NAMES else f"{key} {version}".strip(), *cells])
+        rows.append([f"Pumphouse, {NAMES[key]}" if key in NAMES else f"{PEER_NAMES.get(key, key)} {version}".strip(), *cells])
     head = ["", *(title for _, _, title in PEER_COLUMNS)]
     return Table("Beside what people use today", head, rows, set(range(1, len(head))))
 

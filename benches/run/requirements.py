@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from figures import Found, spread
-from plan import NAMES, POSTGRES_PEERS, REDIS_PEERS, STORES
+from plan import NAMES, PEER_NAMES, POSTGRES_PEERS, REDIS_PEERS, STORES
 
 AT_LEAST, AT_MOST = "at least", "at most"
 
@@ -142,7 +142,7 @@ def compare(found: Found, one: Requirement, figure: dict) -> dict:
         if not measured:
             return {"against": label, "why_not": "no such peer was measured in this run"}
         best = (max if one.sense == AT_LEAST else min)(measured, key=measured.get)
-        keys, label = [best], f"{label}: {best}"
+        keys, label = [best], f"{label}: {PEER_NAMES.get(best, best)}"
     below = found.sum(one.group, keys, unit)
     above = found.values(one.group, one.key, one.figure)
     ratio = found.ratio(below, above) if one.of_times else found.ratio(above, below)
