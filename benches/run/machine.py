@@ -1,5 +1,6 @@
 """What a figure was measured on: the machine, its disk at that moment, the programs."""
 
+import hashlib
 import os
 import platform
 import re
@@ -53,6 +54,11 @@ def versions(bench: Bench, root: Path) -> dict:
     except peers.Unavailable:
         found["postgres"] = None
     return found | {"locked": locked(root / "Cargo.lock"), "bare_locked": locked(root / "benches" / "bare" / "Cargo.lock")}
+
+
+def programs(bench: Bench) -> dict:
+    """Which files were measured: a version does not tell two builds apart."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (bench.pumphouse, bench.bare)}
 
 
 def locked(path: Path) -> dict:

@@ -112,6 +112,7 @@ def measure(args: argparse.Namespace) -> int:
             write_json(SCRATCH / "last.json", result)
         result["disk"]["after"] = machine.disk(bench.directory)
         result["machine"]["stolen"] = machine.stolen_since(steal)
+        result["programs_changed"] = machine.programs(bench) != result["programs"]
     result["finished"] = now()
     result["complete"] = True
     result["requirements"] = requirements.judge(result)
@@ -144,6 +145,7 @@ def head(args: argparse.Namespace, bench: Bench, runs: int, topics: list[str]) -
         "sizes": bench.sizes.as_json(),
         "source": machine.source(ROOT) | {"built_here": args.pumphouse is None},
         "versions": machine.versions(bench, ROOT),
+        "programs": machine.programs(bench),
         "machine": machine.facts(bench.directory),
         "disk": {"before": None, "after": None},
         "groups": [],
@@ -224,7 +226,7 @@ class Steps:
         self.expected_done += self.step_expected
         self.expected_left -= self.step_expected
         factor = (time.monotonic() - self.began) / self.expected_done
-        left = span(self.expected_left * factor)
+        left = span(max(0, self.expected_left) * factor)
         say(f"{report.brief(figures)} ({took:.1f} s; {left} left)")
 
 

@@ -22,6 +22,7 @@ def text(result: dict) -> str:
     found = Found(result)
     short = [required(result), beside_peers(found), missing(result)]
     parts = [columns(table) for table in short if table.rows]
+    parts += [f"note: {note}" for note in all_notes(result)]
     parts.append(standing(result))
     return "\n\n".join(part for part in parts if part)
 
@@ -126,7 +127,10 @@ def everything(found: Found, group: dict) -> Table:
 def all_notes(result: dict) -> list[str]:
     """What the programs said that a reader must know."""
     runs = (run for group in result["groups"] for one in group["series"] for run in one["runs"])
-    return list(dict.fromkeys(note for run in runs for note in run.get("notes", [])))
+    notes = list(dict.fromkeys(note for run in runs for note in run.get("notes", [])))
+    if result.get("programs_changed"):
+        notes.append("a measured program was replaced while it was measured, so nothing here compares")
+    return notes
 
 
 def figures_of(one: dict) -> list[str]:
@@ -211,6 +215,8 @@ def columns(table: Table) -> str:
 
 def standing(result: dict) -> str:
     """How many requirements are met, on one line."""
+    if not result["complete"]:
+        return "This run was cut: what follows is what it had measured until then."
     if result["quick"]:
         return QUICK
     held = [one for one in result["requirements"] if one["target"] is not None]
@@ -244,7 +250,7 @@ def markdown(result: dict, source: str, drawings: list[str]) -> str:
     short = [required(result), beside_peers(found), missing(result)]
     parts += [f"## {table.title}\n\n{markdown_table(table)}" for table in short if table.rows]
     if notes := all_notes(result):
-        parts.append("## What the programs warned of\n\n" + "\n".join(f"* {note}" for note in notes))
+        parts.append("## Notes\n\n" + "\n".join(f"* {note}" for note in notes))
     parts.append("## Everything that was measured")
     for group in result["groups"]:
         disk = ", ".join(f"{rate:,}" for rate in group["syncs_per_second"])
