@@ -15,6 +15,7 @@
 //!   postgres  N replicas on one database
 //! ```
 
+mod counting;
 mod handover;
 mod news;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
@@ -25,7 +26,6 @@ mod sqlite;
 #[cfg(feature = "postgres")]
 mod postgres;
 
-use std::collections::HashMap;
 use std::fmt::Debug;
 use std::sync::Arc;
 use std::time::Duration;
@@ -39,7 +39,8 @@ use crate::model::{
     DeliveryRecord, Idempotency, Lease, Leased, MessageId, NewMessage, QueueName, QueueRecord,
     QueueSettings, Record, ReplicaName, RunState, Settlement, State, When,
 };
-use crate::telemetry::metrics;
+
+use counting::count_enqueued;
 
 pub use handover::{Handover, Taker};
 pub use memory::Memory;
@@ -572,24 +573,6 @@ pub async fn open(url: &str, clock: Arc<dyn Clock>) -> Result<Arc<dyn Store>> {
             let what = "the database URL starts with none of sqlite://, postgres://, memory:";
             Err(Error::Refused { what: what.to_owned() })
         }
-    }
-}
-
-/// Counts what one transaction has taken in, once it is committed, whether its callers still wait or not.
-fn count_enqueued<'a>(outcomes: impl IntoIterator<Item = &'a EnqueueOutcome>) {
-    let mut new = HashMap::<&QueueName, u64>::new();
-    for outcome in outcomes {
-        let EnqueueOutcome::Done(all) = outcome else { continue };
-        for one in all {
-            match one {
-                Enqueued::New(receipt) => *new.entry(&receipt.queue).or_default() += 1,
-                Enqueued::Duplicate(receipt) => metrics::duplicates(&receipt.queue).increment(1),
-                Enqueued::Refused(_) => (),
-            }
-        }
-    }
-    for (queue, count) in new {
-        metrics::enqueued(queue).increment(count);
     }
 }
 

@@ -22,6 +22,7 @@ mod props;
 mod cluster;
 mod plans_sqlite;
 mod one_file;
+mod handover;
 mod plans_postgres;
 mod replicas;
 mod adversity;
