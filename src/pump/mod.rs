@@ -84,7 +84,7 @@ impl QueuePump {
     ///
     /// Ends when the round is closed and everything leased is carried or given back.
     async fn run(self: Arc<Self>, round: Arc<Round>) {
-        // Without a bound of its own: what is in it is `held`, which has one.
+        #[expect(clippy::disallowed_methods, reason = "what is in it is `held`, which has a bound")]
         let (hand_over, mut leased) = mpsc::unbounded_channel();
         round.tasks.spawn(Arc::clone(&self).take_in(Arc::clone(&round), hand_over));
         while let Some(next) = leased.recv().await {

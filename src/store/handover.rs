@@ -44,34 +44,8 @@ impl Handover {
         }
     }
 
-    /// A place for one message of a queue, if somebody has one.
-    pub(super) fn place(&self, queue: &QueueName) -> Option<Place> {
-        let takers = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        let taker = takers.get(queue).filter(|taker| taker.reserve())?;
-        Some(Place(Some(Arc::clone(taker))))
-    }
-}
-
-/// A place that is kept for a message until it is handed over; dropped before that, it is given back.
-#[derive(Debug)]
-pub(super) struct Place(Option<Arc<dyn Taker>>);
-
-impl Place {
-    /// In whose name, and for how long, the message is leased.
-    pub(super) fn terms(&self) -> (ReplicaName, Duration) {
-        self.0.as_ref().expect("a place is used once").terms()
-    }
-
-    /// Hands a message over that is committed. **Fails** where nobody takes it any more.
-    pub(super) fn hand(mut self, leased: Leased) -> Result<(), Box<Leased>> {
-        self.0.take().expect("a place is used once").take(leased)
-    }
-}
-
-impl Drop for Place {
-    fn drop(&mut self) {
-        if let Some(taker) = self.0.take() {
-            taker.give_back();
-        }
+    /// Who takes the messages of this queue, if anybody does.
+    pub fn taker(&self, queue: &QueueName) -> Option<Arc<dyn Taker>> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner).get(queue).cloned()
     }
 }

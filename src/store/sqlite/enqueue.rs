@@ -14,11 +14,11 @@ use crate::model::{
     Tries,
 };
 
-use super::super::handover::Place;
 use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal, Result, refusals};
 use super::desk::{Desk, Held, Queue};
 use super::fault::{of_one, unreadable};
 use super::lease::new_token;
+use super::place::Place;
 use super::rows::{self, Insert, Rows, Statement};
 use super::surgery;
 
@@ -294,7 +294,7 @@ fn lease(desk: &Desk, queue: &Queue, state: State) -> Option<NewLease> {
     if state != State::Ready || desk.count(queue.id, State::Ready) != 0 {
         return None;
     }
-    let place = desk.handover.place(&queue.name)?;
+    let place = Place::keep(&desk.handover, &queue.name)?;
     let (replica, duration) = place.terms();
     Some(NewLease {
         place,

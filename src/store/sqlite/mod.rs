@@ -13,6 +13,7 @@ mod open;
 mod fault;
 mod rows;
 mod desk;
+mod place;
 mod writer;
 mod enqueue;
 mod lease;

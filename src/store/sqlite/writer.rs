@@ -19,13 +19,13 @@ use tokio_util::task::TaskTracker;
 use crate::model::{Leased, Settlement};
 use crate::telemetry::metrics;
 
-use super::super::handover::Place;
 use super::super::{
     Claim, Enqueue, EnqueueOutcome, Error, Result, Settle, Settled, count_enqueued,
 };
 use super::desk::Desk;
 use super::enqueue::{self, Plan};
 use super::fault::{fault, is_known_already, of_one};
+use super::place::Place;
 use super::{lease, settle};
 
 /// How many calls may wait in each queue; who comes later waits outside.
