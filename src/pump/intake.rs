@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
 
 use crate::model::{Leased, ReplicaName};
 use crate::policy;
@@ -123,7 +124,11 @@ impl BackDoor {
         if round.mode != Mode::All {
             return None;
         }
-        let taker = Arc::new(Reserved { pump: Arc::clone(pump), hand_over: hand_over.clone() });
+        let taker = Arc::new(Reserved {
+            pump: Arc::clone(pump),
+            closed: round.closed.clone(),
+            hand_over: hand_over.clone(),
+        });
         pump.store.handover().open(pump.queue.clone(), taker.clone());
         Some(Self { pump: Arc::clone(pump), taker })
     }
@@ -139,6 +144,7 @@ impl Drop for BackDoor {
 #[derive(Debug)]
 struct Reserved {
     pump: Arc<QueuePump>,
+    closed: CancellationToken,
     hand_over: mpsc::UnboundedSender<Leased>,
 }
 
@@ -147,7 +153,7 @@ impl Taker for Reserved {
         let pump = &self.pump;
         loop {
             let held = pump.held.load(Ordering::Relaxed);
-            if held >= pump.wanted() {
+            if self.closed.is_cancelled() || held >= pump.wanted() {
                 return false;
             }
             if pump.swap_held(held, held + 1) {

@@ -195,6 +195,8 @@ impl Desk {
     pub(super) async fn roll_back(&mut self, error: Option<&sqlx::Error>) {
         // SQLite may have rolled back by itself; if it could not, the next `begin` finds out.
         let _ = query("rollback").execute(&mut self.connection).await;
+        // Those of this transaction are nobody's; the others are found in the database.
+        self.leases.clear();
         self.in_doubt |= error.is_none_or(leaves_doubt);
     }
 

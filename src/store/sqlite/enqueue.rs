@@ -206,6 +206,8 @@ impl<'a> Plan<'a> {
     fn add(&mut self, desk: &mut Desk, queue: &Queue, message: &'a NewMessage) -> Receipt {
         let now = desk.now;
         let due_at = rows::resolve(message.deliver, now);
+        let expires_at = message.expires.map(|when| rows::resolve(when, now));
+        let has_expired = expires_at.is_some_and(|at| at <= now);
         let receipt = Receipt {
             id: message.id,
             queue: queue.name.clone(),
@@ -219,9 +221,9 @@ impl<'a> Plan<'a> {
             message,
             enqueued_at: now,
             due_at,
-            expires_at: message.expires.map(|when| rows::resolve(when, now)),
+            expires_at,
             receipt: receipt.clone(),
-            lease: self::lease(desk, queue, receipt.state),
+            lease: if has_expired { None } else { lease(desk, queue, receipt.state) },
         };
         desk.came(queue.id, row.state());
         for key in &message.keys {

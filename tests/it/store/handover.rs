@@ -109,7 +109,7 @@ async fn without_a_place_a_message_waits_and_those_after_it_too() {
 }
 
 #[tokio::test]
-async fn what_is_not_due_or_of_another_queue_is_not_handed_over() {
+async fn what_is_not_due_too_late_or_of_another_queue_is_not_handed_over() {
     let stage = stores::sqlite().await;
     let (queue, other) = (stage.queue("letters").await, stage.queue("parcels").await);
     let hands = Hands::with(9).open(&stage, &queue);
@@ -117,7 +117,12 @@ async fn what_is_not_due_or_of_another_queue_is_not_handed_over() {
     later.deliver = When::In(LONG);
     stage.send(later).await;
     stage.send(message(&other, "elsewhere")).await;
+    let mut late = message(&queue, "too late");
+    late.expires = Some(When::In(Duration::ZERO));
+    let late = stage.send(late).await.id;
     assert_eq!((hands.bodies().len(), hands.places()), (0, 9));
+    stage.store.sweep(9).await.unwrap();
+    assert_eq!(stage.state(late).await, Some(State::Expired));
 }
 
 #[tokio::test]
