@@ -240,7 +240,7 @@ async fn declare(store: &dyn Store, queue: &QueueName, handler: &Handler) -> sto
             Some(record) if same(&record.settings.handler, handler) => return Ok(()),
             Some(record) => {
                 let precondition = Precondition::Matches(record.settings.etag());
-                (with_handler(record.settings, handler), precondition)
+                (record.settings.with_handler(handler.clone()), precondition)
             }
             None => {
                 let settings = QueueSettings { handler: handler.clone(), ..Default::default() };
@@ -251,16 +251,6 @@ async fn declare(store: &dyn Store, queue: &QueueName, handler: &Handler) -> sto
         if store.put_queue(queue, settings, precondition).await? != PutQueue::PreconditionFailed {
             return Ok(());
         }
-    }
-}
-
-/// The same settings with another handler. A lease that was set for the old one may be too short for it:
-/// then it goes back to its default, because nothing could be delivered with it.
-fn with_handler(settings: QueueSettings, handler: &Handler) -> QueueSettings {
-    let settings = QueueSettings { handler: handler.clone(), ..settings };
-    match settings.check() {
-        Ok(()) => settings,
-        Err(_) => QueueSettings { lease: None, ..settings },
     }
 }
 

@@ -243,6 +243,17 @@ impl QueueSettings {
         format!("\"{hex}\"")
     }
 
+    /// The same settings with another handler. A lease that was set for the old one may be too short for it:
+    /// then it goes back to its default, because nothing could be delivered with it.
+    #[must_use]
+    pub fn with_handler(self, handler: Handler) -> Self {
+        let settings = Self { handler, ..self };
+        match settings.check() {
+            Ok(()) => settings,
+            Err(_) => Self { lease: None, ..settings },
+        }
+    }
+
     /// Says what is wrong with them; every wrong value, not only the first.
     pub fn check(&self) -> Result<(), Vec<Invalid>> {
         let mut wrong = Vec::new();

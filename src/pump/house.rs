@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::clock::{Clock, SystemClock};
 use crate::deliver::{self, Client, Handler};
-use crate::model::{self, NewMessage, QueueName, QueueSettings, ReplicaName, RunState, Stopped};
+use crate::model::{self, NewMessage, QueueName, ReplicaName, RunState, Stopped};
 use crate::store::{
     self, CEILING_DEFAULT, Enqueue, EnqueueOutcome, Enqueued, Precondition, PutQueue, Store,
 };
@@ -332,11 +332,7 @@ async fn declare(store: &dyn Store, queue: &Queue) -> store::Result<()> {
     if let Some(found) = store.queue(&queue.name).await?
         && found.settings.handler != model::Handler::Service
     {
-        let mut settings = QueueSettings { handler: model::Handler::Service, ..found.settings };
-        // A lease that was set for the old handler may be too short for this one: nothing could be delivered.
-        if settings.check().is_err() {
-            settings.lease = None;
-        }
+        let settings = found.settings.with_handler(model::Handler::Service);
         store.put_queue(&queue.name, settings, Precondition::Exists).await?;
     }
     Ok(())
