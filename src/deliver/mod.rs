@@ -5,6 +5,7 @@
 
 mod pipeline;
 mod steps;
+mod connections;
 mod http;
 mod retry_after;
 mod builtin;
@@ -17,7 +18,8 @@ use tower::{Service, ServiceExt};
 use crate::model::{Answer, ErrorKind, Failure, Message, ReplicaName, Verdict};
 
 pub use builtin::builtin;
-pub use http::{Client, client, http_handler};
+pub use connections::{Connector, connector};
+pub use http::http_handler;
 pub use pipeline::{Surroundings, pipeline};
 
 /// What a handler sees: one attempt at one message.

@@ -2,7 +2,9 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Message, MessageId, Tries};
+use jiff::Timestamp;
+
+use super::{Head, Message, MessageId, NewMessage, Tries};
 
 /// A random 63-bit number that fences a lease: it changes at every claim and is never guessed or reused.
 ///
@@ -42,7 +44,35 @@ pub struct Leased {
     /// How often it was tried; `tries.attempts` is the number of the attempt that this lease is for.
     pub tries: Tries,
     /// When it was due: queue wait is counted from here.
-    pub due_at: jiff::Timestamp,
+    pub due_at: Timestamp,
     /// The database's time at the claim; with `due_at` it gives the wait by one clock.
-    pub leased_at: jiff::Timestamp,
+    pub leased_at: Timestamp,
+}
+
+impl Leased {
+    /// A new message, due now, with the lease that was stored together with it.
+    pub fn from_new(
+        message: &NewMessage,
+        lease: Lease,
+        now: Timestamp,
+        expires_at: Option<Timestamp>,
+    ) -> Self {
+        let head = Head {
+            id: message.id,
+            queue: message.queue.clone(),
+            kind: message.kind.clone(),
+            correlation_id: message.correlation_id.clone(),
+            details: message.details.clone(),
+            priority: message.priority,
+            enqueued_at: now,
+            expires_at,
+        };
+        Self {
+            lease,
+            message: Message { head, body: message.body.clone() }, // shares the bytes
+            tries: Tries { attempts: 1, failures: 0, crashes: 0 },
+            due_at: now,
+            leased_at: now,
+        }
+    }
 }

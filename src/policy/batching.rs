@@ -8,12 +8,12 @@ pub const LEASE_BATCH_MAX: usize = 1000;
 /// How many messages to hold beyond the open slots, so that the next delivery need not wait for a claim.
 ///
 /// As many as will be started within 100 ms at the pace of the last deliveries, so that a slow
-/// handler holds nothing that another replica could be delivering; at most twice the limit.
+/// handler holds nothing that another replica could be delivering; at most as many as two claims take.
 pub fn prefetch(limit: u32, usual_delivery: Option<Duration>) -> usize {
     let Some(usual) = usual_delivery else { return 0 };
     let rounds = HORIZON.as_secs_f64() / usual.as_secs_f64().max(1e-4);
-    let ahead = f64::from(limit) * rounds.min(2.0);
-    if rounds < 1.0 { 0 } else { (ahead as usize).min(LEASE_BATCH_MAX) }
+    let ahead = f64::from(limit) * rounds;
+    if rounds < 1.0 { 0 } else { (ahead as usize).min(2 * LEASE_BATCH_MAX) }
 }
 
 /// How far ahead messages are held.
@@ -25,8 +25,9 @@ mod tests {
 
     #[test]
     fn a_fast_handler_has_the_next_messages_at_hand() {
-        assert_eq!(prefetch(16, Some(Duration::from_millis(1))), 32);
-        assert_eq!(prefetch(10_000, Some(Duration::ZERO)), LEASE_BATCH_MAX);
+        assert_eq!(prefetch(16, Some(Duration::from_millis(20))), 80);
+        assert_eq!(prefetch(16, Some(Duration::ZERO)), 2 * LEASE_BATCH_MAX);
+        assert_eq!(prefetch(10_000, Some(Duration::ZERO)), 2 * LEASE_BATCH_MAX);
     }
 
     #[test]

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::clock::{Clock, SystemClock};
-use crate::deliver::{self, Client, Handler};
+use crate::deliver::{self, Connector, Handler};
 use crate::model::{self, NewMessage, QueueName, ReplicaName, RunState, Stopped};
 use crate::store::{
     self, CEILING_DEFAULT, Enqueue, EnqueueOutcome, Enqueued, Precondition, PutQueue, Store,
@@ -112,7 +112,7 @@ pub(super) struct House {
     /// The store's revision in the last quiet second after which everything was in line.
     pub(super) revision: AtomicI64,
     pub(super) clock: Arc<dyn Clock>,
-    pub(super) client: Client,
+    pub(super) connector: Connector,
     /// Handlers in this program, by queue.
     pub(super) services: HashMap<QueueName, Handler>,
     pub(super) ceiling: Arc<Gate>,
@@ -306,7 +306,7 @@ impl Builder {
             incarnation: (chance >> 1).cast_signed(),
             revision: AtomicI64::new(0),
             clock: self.clock,
-            client: deliver::client(),
+            connector: deliver::connector(),
             services: self.queues.into_iter().map(|queue| (queue.name, queue.handler)).collect(),
             ceiling: Gate::new(CEILING_DEFAULT),
             known: Mutex::new(known),

@@ -26,11 +26,15 @@ impl QueuePump {
         let _door = BackDoor::open(&self, &round, &hand_over);
         let mut news = self.store.news().of_queue(&self.queue);
         let mut pause = PAUSE_MIN;
+        let mut late_pause = PAUSE_MIN;
         while let Some(room) = round.closed.run_until_cancelled(self.reserve_room()).await {
             if self.late.swap(false, Ordering::Relaxed) {
                 // What was leased came too late to start: leasing on at full speed would do the same again.
-                let wait = tokio::time::sleep(PAUSE_MIN);
+                let wait = tokio::time::sleep(late_pause);
                 let _ = round.closed.run_until_cancelled(wait).await;
+                late_pause = (late_pause * 2).min(PAUSE_MAX);
+            } else {
+                late_pause = PAUSE_MIN;
             }
             news.mark_unchanged(); // before looking, so that nothing slips in between
             let claimed = self.claim(room, round.mode).await;
@@ -79,7 +83,7 @@ impl QueuePump {
             let wanted = self.wanted();
             let held = self.held.load(Ordering::Relaxed);
             let room = wanted.saturating_sub(held).min(policy::LEASE_BATCH_MAX);
-            if room == 0 || (held > 0 && room < wanted / 2) {
+            if room == 0 || (held > 0 && room < (wanted / 2).min(policy::LEASE_BATCH_MAX)) {
                 self.gate.moved().await;
             } else if self.swap_held(held, held + room) {
                 return room;
@@ -181,6 +185,6 @@ impl Taker for Reserved {
 
 /// How long an idle queue waits for news before it looks by itself.
 const IDLE_POLL: Duration = Duration::from_secs(4);
-/// The first and the longest pause after a claim that failed.
+/// The first and the longest pause after a claim that failed, or that was for nothing.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(3);

@@ -226,11 +226,9 @@ impl House {
         meters: &Arc<QueueMeters>,
     ) -> Setup {
         let handler = match &settings.handler {
-            model::Handler::Http(http) => Some(deliver::http_handler(
-                self.client.clone(),
-                http.clone(),
-                Arc::clone(&self.clock),
-            )),
+            model::Handler::Http(http) => {
+                Some(deliver::http_handler(self.connector.clone(), http, Arc::clone(&self.clock)))
+            }
             model::Handler::Builtin { name } => Some(deliver::builtin(*name)),
             model::Handler::Service => self.services.get(name).cloned(),
             model::Handler::Pull => None,

@@ -98,9 +98,11 @@ impl QueuePump {
                     let carry = Arc::clone(&self).carry(next, slots, setup, Arc::clone(&round));
                     round.tasks.spawn(carry);
                 }
-                // Not started: stopped meanwhile, or too little of the lease is left to finish.
+                // Not started: stopped meanwhile, held for too long, or too little of the lease is left.
                 _ => {
                     self.late.store(!round.closed.is_cancelled(), Ordering::Relaxed);
+                    // What was usual no longer is: hold nothing ahead until deliveries say otherwise.
+                    self.usual.store(HELD_MAX.as_micros() as u64, Ordering::Relaxed);
                     round.tasks.spawn(Arc::clone(&self).give_back(next, Arc::clone(&round)));
                     self.gate.nudge();
                 }
@@ -144,11 +146,12 @@ impl QueuePump {
         }
     }
 
-    /// Waits for a place behind both gates, as long as enough of the lease is left for the delivery to
-    /// end and be settled before it.
+    /// Waits for a place behind both gates, at most [`HELD_MAX`] from the lease on, and as long as enough of
+    /// the lease is left for the delivery to end and be settled before it.
     async fn enter_in_time(&self, next: &Leased, setup: &Setup, round: &Round) -> Option<Slots> {
         let (lease, timeout) = (setup.settings.lease(), setup.settings.timeout());
         let needed = timeout + (lease.saturating_sub(timeout) / 2).min(SETTLE_TIME);
+        let needed = needed.max(lease.saturating_sub(HELD_MAX));
         let patience = || next.lease.left(Instant::now()).checked_sub(needed);
         let entered = tokio::time::timeout(patience()?, self.enter());
         let slots = round.closed.run_until_cancelled(entered).await?.ok()?;
@@ -245,6 +248,8 @@ impl QueuePump {
 
 /// How many deliveries of a queue may wait to be settled before no more are started.
 const SETTLEMENTS_WAITING_MAX: usize = 1024;
+/// How long a message is held without being started; then another replica may have it.
+const HELD_MAX: Duration = Duration::from_secs(1);
 /// What is kept of a lease for settling, at most.
 const SETTLE_TIME: Duration = Duration::from_millis(500);
 

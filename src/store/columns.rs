@@ -43,6 +43,13 @@ pub(super) fn waiting_state(due_at: i64, now: i64) -> State {
     if due_at <= now { State::Ready } else { State::Scheduled }
 }
 
+/// A random number of 62 bits, of which the tokens of one claim are made: each is this and its message's
+/// number, added. So no two leases have the same, and asking the system for chance costs once for a claim.
+pub(super) fn chance() -> sqlx::Result<i64> {
+    let bits = getrandom::u64().map_err(|error| sqlx::Error::Io(std::io::Error::other(error)))?;
+    Ok((bits >> 2).cast_signed())
+}
+
 /// Reads a moment.
 pub(super) fn moment(micros: i64) -> sqlx::Result<Timestamp> {
     Timestamp::from_microsecond(micros).map_err(|_| unreadable("a time is out of range"))

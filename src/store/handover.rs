@@ -3,6 +3,9 @@
 //! A message that is due now, of a queue in which no other is ready, can be stored as leased from the start,
 //! and handed over in memory once that is committed: its lease costs no transaction of its own, and it is
 //! not read back. Where nobody has a place for it, it is stored as ready, and is claimed later like any other.
+//!
+//! The leases are those of the store, on the disk with the message: what is handed over and lost with the
+//! process comes back as any lease does.
 
 use std::collections::HashMap;
 use std::fmt::Debug;
@@ -47,5 +50,38 @@ impl Handover {
     /// Who takes the messages of this queue, if anybody does.
     pub fn taker(&self, queue: &QueueName) -> Option<Arc<dyn Taker>> {
         self.0.read().unwrap_or_else(PoisonError::into_inner).get(queue).cloned()
+    }
+}
+
+/// A place that is kept for a message until it is handed over; dropped before that, it is given back.
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+#[derive(Debug)]
+pub(super) struct Place(Option<Arc<dyn Taker>>);
+
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+impl Place {
+    /// Keeps a place for one message of a queue, if somebody has one.
+    pub(super) fn keep(handover: &Handover, queue: &QueueName) -> Option<Self> {
+        let taker = handover.taker(queue).filter(|taker| taker.reserve())?;
+        Some(Self(Some(taker)))
+    }
+
+    /// In whose name, and for how long, the message is leased.
+    pub(super) fn terms(&self) -> (ReplicaName, Duration) {
+        self.0.as_ref().expect("a place is used once").terms()
+    }
+
+    /// Hands a message over that is committed. **Fails** where nobody takes it any more.
+    pub(super) fn hand(mut self, leased: Leased) -> Result<(), Box<Leased>> {
+        self.0.take().expect("a place is used once").take(leased)
+    }
+}
+
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+impl Drop for Place {
+    fn drop(&mut self) {
+        if let Some(taker) = self.0.take() {
+            taker.give_back();
+        }
     }
 }

@@ -42,6 +42,8 @@ use crate::model::{
 
 use counting::count_enqueued;
 
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+use handover::Place;
 pub use handover::{Handover, Taker};
 pub use memory::Memory;
 pub use news::News;
@@ -255,6 +257,10 @@ pub enum Refusal {
     /// Its idempotency key belongs to another request.
     KeyReused,
 }
+
+/// How many bytes of payload one claim reads at most, beyond those of its first message: it then takes
+/// fewer messages than it may.
+pub(crate) const CLAIM_BYTES_MAX: usize = 16 << 20;
 
 /// A wish for messages.
 #[derive(Debug, Clone)]

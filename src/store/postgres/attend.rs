@@ -128,7 +128,7 @@ pub(super) const STATEMENTS: &[&str] =
 
 pub(super) async fn attend(store: &Postgres, attendance: Attendance) -> Result<Attended> {
     // Before it is written, so that no lease is taken in the name of an earlier start of this process.
-    store.remember_incarnation(&attendance);
+    store.pumps.incarnations.remember(&attendance);
     let leaving = attendance.leaving;
     let mut attended = store
         .hands

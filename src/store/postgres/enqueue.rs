@@ -4,17 +4,21 @@
 //! write ([`Plan`]), and writes it with few statements. So a refusal undoes a part of the plan, and
 //! never a row; keys are the exception.
 
+use std::time::Instant;
+
 use futures::future::BoxFuture;
 use sqlx::{Connection, PgConnection, query};
 
-use crate::model::{Idempotency, NewMessage, QueueName};
+use crate::model::{Idempotency, Lease, Leased, NewMessage, QueueName, ReplicaName, Token};
 
-use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal, count_enqueued, refusals};
+use super::super::{
+    Enqueue, EnqueueOutcome, Enqueued, Place, Receipt, Refusal, count_enqueued, refusals,
+};
 use super::facts::{Care, Facts, Key, KeyName, Known};
 use super::fault::Trouble;
 use super::news::Word;
 use super::rows;
-use super::writer::{Batch, Committed};
+use super::writer::{Batch, Committed, Done, Pumps};
 
 /// Calls to [`Store::enqueue`](super::super::Store::enqueue), many in one transaction.
 pub(super) struct Enqueues;
@@ -31,12 +35,13 @@ impl Batch for Enqueues {
     fn commit<'c>(
         connection: &'c mut PgConnection,
         calls: &'c [&'c Enqueue],
+        pumps: &'c Pumps,
     ) -> BoxFuture<'c, Committed<EnqueueOutcome>> {
         Box::pin(async move {
-            match enqueue(connection, calls, Care::Usual).await {
+            match enqueue(connection, calls, pumps, Care::Usual).await {
                 // Rare enough that looking for it beforehand is not worth a statement.
                 Err(trouble) if trouble.is_known_name() => {
-                    enqueue(connection, calls, Care::Names).await
+                    enqueue(connection, calls, pumps, Care::Names).await
                 }
                 done => done,
             }
@@ -50,21 +55,22 @@ const ROW_WEIGHT: usize = 500;
 async fn enqueue(
     connection: &mut PgConnection,
     calls: &[&Enqueue],
+    pumps: &Pumps,
     care: Care,
 ) -> Committed<EnqueueOutcome> {
-    let mut transaction = connection.begin().await?;
+    let mut transaction = connection.begin().await.map_err(Trouble::unbegun)?;
     let messages = calls.iter().flat_map(|call| &call.messages).collect::<Vec<_>>();
     let batches = calls.iter().filter_map(|call| call.batch.zip(call.messages.first()));
     let batches = batches.map(|(key, first)| (&first.queue, key)).collect::<Vec<_>>();
     let facts = Facts::find(&mut transaction, &messages, &batches, care).await?;
-    let mut plan = Plan::new(facts);
+    let mut plan = Plan::new(facts, pumps);
     let mut places = 0..;
     let outcomes = calls.iter().map(|call| plan_call(&mut plan, call, &mut places));
     let outcomes = outcomes.collect::<Vec<_>>();
-    let word = plan.write(&mut transaction).await?;
+    let Written { word, handed } = plan.write(&mut transaction).await?;
     transaction.commit().await?;
     count_enqueued(&outcomes);
-    Ok((outcomes, word))
+    Ok(Done { answers: outcomes, word, handed })
 }
 
 fn plan_call<'a>(
@@ -100,6 +106,7 @@ fn plan_call<'a>(
 #[derive(Debug)]
 pub(super) struct Plan<'a> {
     facts: Facts,
+    pumps: &'a Pumps,
     rows: Vec<NewRow<'a>>,
     keys: Vec<(KeyName, Key)>,
 }
@@ -111,6 +118,26 @@ struct NewRow<'a> {
     message: &'a NewMessage,
     due_at: i64,
     expires_at: Option<i64>,
+    /// With which it is stored, because somebody has a place for it. Its sender is told `ready` all the same.
+    lease: Option<NewLease>,
+}
+
+#[derive(Debug)]
+struct NewLease {
+    place: Place,
+    replica: ReplicaName,
+    incarnation: i64,
+    chance: i64,
+    /// By the clock of the database and by that of this process.
+    until: (i64, Instant),
+}
+
+/// What was written of a plan.
+pub(super) struct Written {
+    /// What there is to tell.
+    pub(super) word: Word,
+    /// What is to be handed over once it is committed.
+    pub(super) handed: Vec<(Place, Leased)>,
 }
 
 /// A place in a plan to which it can be undone.
@@ -122,8 +149,8 @@ pub(super) struct Mark {
 
 impl<'a> Plan<'a> {
     /// An empty plan over these facts.
-    pub(super) fn new(facts: Facts) -> Self {
-        Self { facts, rows: Vec::new(), keys: Vec::new() }
+    pub(super) fn new(facts: Facts, pumps: &'a Pumps) -> Self {
+        Self { facts, pumps, rows: Vec::new(), keys: Vec::new() }
     }
 
     /// Takes in the message at this place among all, or says why not, or that it is here already.
@@ -189,14 +216,29 @@ impl<'a> Plan<'a> {
             self.remember(row, Some(receipt.clone()));
         }
         self.facts.named.insert(message.id, receipt.clone());
+        let expires_at = message.expires.map(|when| rows::resolve(when, now));
+        let has_expired = expires_at.is_some_and(|at| at <= now);
+        let lease = if due_at > now || has_expired { None } else { self.lease(&message.queue) };
         self.rows.push(NewRow {
             seq: self.facts.seqs[place],
             queue_id,
             message,
             due_at,
-            expires_at: message.expires.map(|when| rows::resolve(when, now)),
+            expires_at,
+            lease,
         });
         Enqueued::New(receipt)
+    }
+
+    /// A lease for a new message that is due, where somebody has a place for it and no other message comes
+    /// first. Those that other transactions are just taking in do not come first: there is no order between
+    /// what is sent at the same time.
+    fn lease(&mut self, queue: &QueueName) -> Option<NewLease> {
+        let facts = self.facts.queues.get_mut(queue)?;
+        let lease = if facts.others_wait { None } else { self.pumps.lease(queue, &self.facts) };
+        // What is not handed over comes first for those after it.
+        self.facts.queues.get_mut(queue)?.others_wait |= lease.is_none();
+        lease
     }
 
     fn remember_batch(&mut self, queue: &QueueName, key: Idempotency) {
@@ -210,17 +252,19 @@ impl<'a> Plan<'a> {
         self.keys.push((name, key));
     }
 
-    /// Writes it, and says what there is to tell.
-    pub(super) async fn write(self, connection: &mut PgConnection) -> Result<Word, Trouble> {
+    /// Writes it, and says what is to be done about it once it is committed.
+    pub(super) async fn write(self, connection: &mut PgConnection) -> Result<Written, Trouble> {
         if !self.rows.is_empty() {
             self.write_messages(connection).await?;
         }
         let now = self.facts.now;
         self.facts.correct_keys(connection, self.keys).await?;
-        let (ready, scheduled): (Vec<_>, Vec<_>) =
-            self.rows.iter().partition(|row| row.due_at <= now);
-        let ready = ready.into_iter().map(|row| row.message.queue.clone());
-        Ok(Word { schedule: !scheduled.is_empty(), ..Word::of_ready(ready) })
+        let schedule = self.rows.iter().any(|row| row.due_at > now);
+        let ready = self.rows.iter().filter(|row| row.due_at <= now && row.lease.is_none());
+        let ready = ready.map(|row| row.message.queue.clone());
+        let word = Word { schedule, ..Word::of_ready(ready) };
+        let handed = self.rows.into_iter().filter_map(|row| row.handed(now)).collect();
+        Ok(Written { word, handed })
     }
 
     async fn write_messages(&self, connection: &mut PgConnection) -> sqlx::Result<()> {
@@ -229,7 +273,9 @@ impl<'a> Plan<'a> {
             serde_json::to_string(&row.message.details)
                 .expect("details are text, which is always JSON")
         });
-        query(INSERT)
+        let leases = || rows.iter().map(|row| row.lease.as_ref());
+        let all_leased = leases().all(|lease| lease.is_some());
+        query(if all_leased { INSERT_LEASED } else { INSERT })
             .bind(self.facts.now)
             .bind(rows.iter().map(|row| row.seq).collect::<Vec<_>>())
             .bind(rows.iter().map(|row| row.message.id.0).collect::<Vec<_>>())
@@ -242,18 +288,56 @@ impl<'a> Plan<'a> {
             .bind(rows.iter().map(|row| row.message.correlation_id.as_deref()).collect::<Vec<_>>())
             .bind(details.collect::<Vec<_>>())
             .bind(rows.iter().map(|row| row.message.body.as_ref()).collect::<Vec<&[u8]>>())
+            .bind(leases().map(|it| it.map(|it| it.chance)).collect::<Vec<_>>())
+            .bind(leases().map(|it| it.map(|it| it.until.0)).collect::<Vec<_>>())
+            .bind(leases().map(|it| it.map(|it| it.incarnation)).collect::<Vec<_>>())
+            .bind(leases().map(|it| it.map(|it| it.replica.as_str())).collect::<Vec<_>>())
             .execute(connection)
             .await
             .map(drop)
     }
 }
 
-// Lives on: the primary keys of message, content, ready and scheduled, at the end of the first two.
-const INSERT: &str = "\
+impl NewRow<'_> {
+    /// What goes to the place that was kept for it, if there was one.
+    fn handed(self, now: i64) -> Option<(Place, Leased)> {
+        let NewLease { place, chance, until, .. } = self.lease?;
+        let (seq, id, token) = (self.seq, self.message.id, Token(chance + self.seq));
+        let lease = Lease { seq, id, token, until: until.1 };
+        let now = rows::moment(now).unwrap_or_default();
+        let expires_at = self.expires_at.and_then(|at| rows::moment(at).ok());
+        Some((place, Leased::from_new(self.message, lease, now, expires_at)))
+    }
+}
+
+impl Pumps {
+    /// A lease for a pump of this process that has room for one more message of the queue.
+    fn lease(&self, queue: &QueueName, facts: &Facts) -> Option<NewLease> {
+        let place = Place::keep(&self.handover, queue)?;
+        let (replica, duration) = place.terms();
+        Some(NewLease {
+            place,
+            incarnation: self.incarnations.of(&replica),
+            replica,
+            chance: facts.chance,
+            until: (rows::after(facts.now, duration), facts.asked + duration),
+        })
+    }
+}
+
+/// Lives on: the primary keys of message and content, at their ends, and of lease.
+macro_rules! insert {
+    ($others:literal) => {
+        concat!(
+            "\
 with given as (
     select *
-    from unnest($2::bigint[], $3::uuid[], $4::integer[], $5::smallint[], $6::bigint[], $7::bigint[], $8::bigint[])
-        as given (seq, id, queue_id, rank, due_at, expires_at, size)
+    from unnest(
+            $2::bigint[], $3::uuid[], $4::integer[], $5::smallint[], $6::bigint[], $7::bigint[],
+            $8::bigint[], $13::bigint[], $14::bigint[], $15::bigint[], $16::text[]
+        ) as given (
+            seq, id, queue_id, rank, due_at, expires_at, size, chance, until, incarnation, replica
+        )
 ),
 messages as (
     insert into message (
@@ -266,17 +350,38 @@ contents as (
     insert into content (seq, deliver_at, kind, correlation_id, details, body)
     select *
     from unnest($2::bigint[], $6::bigint[], $9::text[], $10::text[], $11::text[], $12::bytea[])
-),
+)",
+            $others,
+            "
+insert into lease (seq, token, incarnation, leased_at, until, queue_id, attempt, replica)
+select seq, chance + seq, incarnation, $1, until, queue_id, 1, replica
+from given
+where chance is not null"
+        )
+    };
+}
+
+// Lives on: see `insert`; and the primary keys of ready and scheduled.
+const INSERT: &str = insert!(
+    ",
 due as (
     insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
     select queue_id, rank, due_at, seq, expires_at, false
     from given
     where due_at <= $1
-)
-insert into scheduled (due_at, seq, queue_id, rank, expires_at)
-select due_at, seq, queue_id, rank, expires_at
-from given
-where due_at > $1";
+        and chance is null
+),
+later as (
+    insert into scheduled (due_at, seq, queue_id, rank, expires_at)
+    select due_at, seq, queue_id, rank, expires_at
+    from given
+    where due_at > $1
+)"
+);
+
+// Lives on: see `insert`. For messages that are all handed over: the tables that it leaves out would each cost
+// a call of their triggers.
+const INSERT_LEASED: &str = insert!("");
 
 /// The statements of this file.
-pub(super) const STATEMENTS: &[&str] = &[INSERT];
+pub(super) const STATEMENTS: &[&str] = &[INSERT, INSERT_LEASED];

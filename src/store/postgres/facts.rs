@@ -4,6 +4,7 @@
 //! transactions with the same key waits for the first.
 
 use std::collections::{BTreeMap, HashMap};
+use std::time::Instant;
 
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row, query};
@@ -28,6 +29,10 @@ pub(super) enum Care {
 #[derive(Debug)]
 pub(super) struct Facts {
     pub(super) now: i64,
+    /// A moment shortly before that, by the monotonic clock of this process.
+    pub(super) asked: Instant,
+    /// What the tokens of the leases that are given together with these messages are made of.
+    pub(super) chance: i64,
     /// A number for each message, in order. One that is not used leaves a gap, which nobody minds.
     pub(super) seqs: Vec<i64>,
     pub(super) queues: HashMap<QueueName, Queue>,
@@ -46,6 +51,8 @@ pub(super) struct Queue {
     pub(super) id: i32,
     window: i64,
     pub(super) max: Option<i64>,
+    /// Whether messages of it are ready that come before new ones.
+    pub(super) others_wait: bool,
 }
 
 /// A key is known to one queue.
@@ -79,13 +86,21 @@ const ENTER: &str = "\
 select pg_advisory_xact_lock_shared($1, hashtext(name))
 from unnest($2::text[]) as name";
 
-// Lives on: queue_name_key.
+// Lives on: queue_name_key, and the primary key of ready.
 const SITUATION: &str = "\
-select given.now, given.seqs, queue.id, queue.name, queue.dedup_window, queue.max_messages
+select given.now, given.seqs, queue.id, queue.name, queue.dedup_window, queue.max_messages,
+    waiting.seq is not null as others_wait
 from (
     select now_micros() as now, array(select nextval('message_seq') from generate_series(1, $1)) as seqs
 ) as given
-left join queue on queue.name = any($2)";
+left join queue on queue.name = any($2)
+left join lateral (
+    select seq
+    from ready
+    where ready.queue_id = queue.id
+    order by queue_id, rank, due_at, seq
+    limit 1
+) as waiting on true";
 
 // Locks the queues that have a limit, one transaction at a time.
 const LINE_UP: &str = "\
@@ -202,12 +217,15 @@ impl Facts {
         names.dedup();
         query(ENTER).bind(LOCK_NAMES).bind(&names).execute(&mut *connection).await?;
         let count = i32::try_from(messages.len()).unwrap_or(i32::MAX);
+        let asked = Instant::now();
         let rows = query(SITUATION).bind(count).bind(&names).fetch_all(connection).await?;
         let first = rows.first().ok_or_else(|| unreadable("there is no time"))?;
         let (now, seqs) = (first.try_get("now")?, first.try_get("seqs")?);
         let queues = rows.iter().filter_map(|row| queue(row).transpose());
         Ok(Self {
             now,
+            asked,
+            chance: rows::chance()?,
             seqs,
             queues: queues.collect::<sqlx::Result<_>>()?,
             unsettled: HashMap::new(),
@@ -336,7 +354,8 @@ fn queue(row: &PgRow) -> sqlx::Result<Option<(QueueName, Queue)>> {
     let Some(id) = row.try_get("id")? else { return Ok(None) };
     let (window, max) = (row.try_get("dedup_window")?, row.try_get("max_messages")?);
     let name = rows::queue_name(row.try_get("name")?)?;
-    Ok(Some((name, Queue { id, window, max })))
+    let others_wait = row.try_get("others_wait")?;
+    Ok(Some((name, Queue { id, window, max, others_wait })))
 }
 
 async fn put_keys_down(

@@ -15,6 +15,8 @@ pub(super) use super::super::columns::unreadable;
 pub(super) enum Trouble {
     /// The driver says so. Several calls may share one error, because they share one transaction.
     Driver(Arc<sqlx::Error>),
+    /// The driver says so, of a connection on which it could not even begin.
+    Unbegun(Arc<sqlx::Error>),
     /// We say so.
     Ours(Error),
     /// Somebody changed underneath us what we had just read: from the beginning, please.
@@ -30,7 +32,7 @@ impl From<sqlx::Error> for Trouble {
 impl From<Trouble> for Error {
     fn from(trouble: Trouble) -> Self {
         match trouble {
-            Trouble::Driver(error) => fault(&error),
+            Trouble::Driver(error) | Trouble::Unbegun(error) => fault(&error),
             Trouble::Ours(error) => error,
             Trouble::Overtaken => Self::Busy("overtaken by other transactions".into()),
         }
@@ -38,8 +40,13 @@ impl From<Trouble> for Error {
 }
 
 impl Trouble {
+    /// A connection on which a transaction could not begin: one that was kept, and is broken.
+    pub(super) fn unbegun(error: sqlx::Error) -> Self {
+        Self::Unbegun(Arc::new(error))
+    }
+
     /// Whether the same transaction is likely to succeed at once: nothing of it was written, and what
-    /// was in its way was another transaction.
+    /// was in its way was another transaction, or a connection that had broken before.
     pub(super) fn is_worth_another_try(&self) -> bool {
         match self {
             Self::Driver(error) => {
@@ -47,13 +54,13 @@ impl Trouble {
                 code_of(error).is_some_and(passing) || violates(error, "queue_name_key")
             }
             Self::Ours(_) => false,
-            Self::Overtaken => true,
+            Self::Overtaken | Self::Unbegun(_) => true,
         }
     }
 
     /// The error for everybody, where no call of a batch is to blame: the database itself is away.
     pub(super) fn is_for_all(&self) -> Option<&Arc<sqlx::Error>> {
-        let Self::Driver(error) = self else { return None };
+        let (Self::Driver(error) | Self::Unbegun(error)) = self else { return None };
         matches!(fault(error), Error::Unavailable(_) | Error::Full(_)).then_some(error)
     }
 

@@ -92,7 +92,7 @@ taken as (
 ),
 leased as (
     insert into lease (seq, token, incarnation, leased_at, until, queue_id, attempt, replica)
-    select message.seq, ($3::bigint[])[row_number() over ()], $4, clock.now, clock.now + $5,
+    select message.seq, $3 + message.seq, $4, clock.now, clock.now + $5,
         message.queue_id, message.attempts + 1, $6
     from taken
     cross join lateral (
@@ -166,16 +166,16 @@ async fn claim_once(store: &Postgres, claim: Claim) -> Result<Claimed> {
     // Before the statement is sent, so that the holder lets go too early rather than too late.
     let asked = Instant::now();
     let until = asked + claim.duration;
-    let tokens = (0..claim.max).map(|_| new_token()).collect::<Vec<_>>();
-    let incarnation = store.incarnation(&claim.replica);
+    let chance = rows::chance().map_err(Trouble::from)?;
+    let incarnation = store.pumps.incarnations.of(&claim.replica);
     let claimed = store.claims.run(move |connection: &mut PgConnection| {
-        let (claim, tokens) = (claim.clone(), tokens.clone());
+        let claim = claim.clone();
         Box::pin(async move {
             let statement = if claim.urgent_only { CLAIM_URGENT } else { CLAIM };
             let rows = query(statement)
                 .bind(claim.queue.as_str())
-                .bind(tokens.len() as i64)
-                .bind(tokens)
+                .bind(claim.max as i64)
+                .bind(chance)
                 .bind(incarnation)
                 .bind(rows::span(claim.duration))
                 .bind(claim.replica.as_str())
@@ -188,12 +188,6 @@ async fn claim_once(store: &Postgres, claim: Claim) -> Result<Claimed> {
     metrics::commit_seconds("lease").record(asked.elapsed());
     metrics::batch_size("lease").record(claimed.leased.len() as f64);
     Ok(claimed)
-}
-
-/// A token that nobody can guess, one for each message.
-fn new_token() -> i64 {
-    let bits = getrandom::u64().expect("the operating system has random numbers");
-    i64::try_from(bits >> 1).expect("63 bits are left")
 }
 
 fn read(rows: Vec<PgRow>, queue: &QueueName, until: Instant) -> Result<Claimed, Trouble> {

@@ -48,10 +48,15 @@ use enqueue::Enqueues;
 use news::Herald;
 use settle::Settles;
 use transact::Hands;
-use writer::Writer;
+use writer::{Pumps, Writer};
 
 /// How long closing waits for a database that says nothing. Less than a process has after SIGTERM.
 const CLOSE_MAX: Duration = Duration::from_secs(5);
+
+/// How many connections take messages in: while one waits for the disk, the next transaction is written.
+const ENQUEUING: usize = 2;
+/// How many connections settle.
+const SETTLING: usize = 1;
 
 /// A store in a Postgres database, to be shared with other replicas.
 #[derive(Debug)]
@@ -62,10 +67,7 @@ pub struct Postgres {
     enqueues: Writer<Enqueues>,
     settles: Writer<Settles>,
     herald: Arc<Herald>,
-    /// Not used yet: every message is claimed.
-    handover: Handover,
-    /// By which start of a process leases are taken, for each that has reported itself here.
-    incarnations: Mutex<HashMap<ReplicaName, i64>>,
+    pumps: Arc<Pumps>,
     stop: CancellationToken,
     /// A store that is dropped without being closed leaves nobody behind in the background either.
     _stop_when_dropped: DropGuard,
@@ -95,29 +97,18 @@ impl Postgres {
         tasks.spawn(herald.clone().send(line, stop.clone()));
         tasks.spawn(herald.clone().listen(options.durable.clone(), stop.clone()));
         let durable = || options.durable.clone();
+        let pumps = Arc::new(Pumps { handover: Arc::default(), incarnations: Arc::default() });
         Self {
-            enqueues: Writer::open(&tasks, durable(), herald.clone(), stop.clone()),
-            settles: Writer::open(&tasks, durable(), herald.clone(), stop.clone()),
+            enqueues: Writer::open(&tasks, ENQUEUING, durable(), &herald, &pumps, &stop),
+            settles: Writer::open(&tasks, SETTLING, durable(), &herald, &pumps, &stop),
             hands: Hands { pool: open::pool(durable(), 8), tasks: tasks.clone() },
             // Durable too: a number of an attempt that the server forgot in a crash would come again.
             claims: Hands { pool: open::pool(durable(), 4), tasks },
             herald,
-            handover: Handover::default(),
-            incarnations: Mutex::default(),
+            pumps,
             _stop_when_dropped: stop.clone().drop_guard(),
             stop,
         }
-    }
-
-    /// By which start of this process leases are taken now; 0 before it has reported itself.
-    fn incarnation(&self, replica: &ReplicaName) -> i64 {
-        let incarnations = self.incarnations.lock().unwrap_or_else(PoisonError::into_inner);
-        incarnations.get(replica).copied().unwrap_or(0)
-    }
-
-    fn remember_incarnation(&self, attendance: &Attendance) {
-        let mut incarnations = self.incarnations.lock().unwrap_or_else(PoisonError::into_inner);
-        incarnations.insert(attendance.replica.clone(), attendance.incarnation);
     }
 
     /// What holds for planning on every connection, for the same test.
@@ -144,6 +135,23 @@ impl Postgres {
             news::STATEMENTS,
         ];
         all.into_iter().flatten().copied()
+    }
+}
+
+/// By which start of a process leases are taken, for each that has reported itself here.
+#[derive(Debug, Default)]
+struct Incarnations(Mutex<HashMap<ReplicaName, i64>>);
+
+impl Incarnations {
+    /// The start of this process that it is now; 0 before it has reported itself.
+    fn of(&self, replica: &ReplicaName) -> i64 {
+        let all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.get(replica).copied().unwrap_or(0)
+    }
+
+    fn remember(&self, attendance: &Attendance) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.insert(attendance.replica.clone(), attendance.incarnation);
     }
 }
 
@@ -265,7 +273,7 @@ impl Store for Postgres {
     }
 
     fn handover(&self) -> &Handover {
-        &self.handover
+        &self.pumps.handover
     }
 
     async fn close(&self) {

@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use sqlx::postgres::PgRow;
 use sqlx::{Connection, PgConnection, Row, query};
 
-use crate::model::{DeliveryRecord, NewMessage, Settlement, State};
+use crate::model::{DeliveryRecord, Lease, NewMessage, Settlement, State};
 
 use super::super::{Enqueued, Error, Settle, Settled};
 use super::enqueue::Plan;
@@ -18,7 +18,7 @@ use super::facts::{Care, Facts};
 use super::fault::Trouble;
 use super::news::Word;
 use super::rows;
-use super::writer::{Batch, Committed};
+use super::writer::{Batch, Committed, Done, Pumps};
 
 /// Calls to [`Store::settle`](super::super::Store::settle), many in one transaction.
 pub(super) struct Settles;
@@ -36,15 +36,18 @@ impl Batch for Settles {
     fn commit<'c>(
         connection: &'c mut PgConnection,
         calls: &'c [&'c Settle],
+        pumps: &'c Pumps,
     ) -> BoxFuture<'c, Committed<Settled>> {
         Box::pin(async move {
-            if calls.iter().all(|call| sent(call).is_empty()) {
+            let rounds = rounds(calls);
+            if rounds.len() == 1 && calls.iter().all(|call| sent(call).is_empty()) {
                 // One statement is one transaction, and one round trip.
-                return write(connection, calls).await;
+                let (answers, word) = write(connection, calls, &rounds).await?;
+                return Ok(Done { answers, word, handed: Vec::new() });
             }
-            match settle_and_send(connection, calls, Care::Usual).await {
+            match settle_and_send(connection, calls, pumps, Care::Usual).await {
                 Err(trouble) if trouble.is_known_name() => {
-                    settle_and_send(connection, calls, Care::Names).await
+                    settle_and_send(connection, calls, pumps, Care::Names).await
                 }
                 done => done,
             }
@@ -63,49 +66,65 @@ fn sent(call: &Settle) -> &[NewMessage] {
 async fn settle_and_send(
     connection: &mut PgConnection,
     calls: &[&Settle],
+    pumps: &Pumps,
     care: Care,
 ) -> Committed<Settled> {
     let mut transaction = connection.begin().await?;
-    let (settled, mut word) = write(&mut transaction, calls).await?;
+    let (settled, mut word) = write(&mut transaction, calls, &rounds(calls)).await?;
     let valid = calls.iter().zip(&settled).filter(|(_, settled)| **settled != Settled::LeaseLost);
     let sent = valid.flat_map(|(call, _)| sent(call)).collect::<Vec<_>>();
     let facts = Facts::find(&mut transaction, &sent, &[], care).await?;
-    let mut plan = Plan::new(facts);
+    let mut plan = Plan::new(facts, pumps);
     for (place, message) in sent.into_iter().enumerate() {
         if let Enqueued::Refused(refusal) = plan.take_in(message, place) {
             let what = format!("a message sent by a handler was refused: {refusal:?}");
             return Err(Trouble::Ours(Error::Refused { what }));
         }
     }
-    word.add(plan.write(&mut transaction).await?);
+    let written = plan.write(&mut transaction).await?;
+    word.add(written.word);
     transaction.commit().await?;
-    Ok((settled, word))
+    Ok(Done { answers: settled, word, handed: written.handed })
 }
 
-// Lives on: the primary keys of lease, queue and message; then of ready, scheduled, dead or ended, and
-// of delivery. Comes to the leases in the order of their messages' numbers.
-//
-// Each lease is looked up by itself (lateral), and each message by its place in a list, so that there is
-// no order of joining that could be chosen wrongly: see `open`. A lease that was renewed while we waited
-// for its lock stands at another place (ctid) than this statement's snapshot knows; so it is deleted by
-// number and token, and nothing is written but for leases that were deleted.
-const SETTLE: &str = "\
+/// Gives back what was leased for somebody who does not want it any more; says what there is to tell.
+pub(super) async fn give_back(
+    connection: &mut PgConnection,
+    leases: Vec<Lease>,
+) -> Result<Word, Trouble> {
+    let release =
+        |lease| Settle { lease, settlement: Settlement::Release, delivery: None, sent: Vec::new() };
+    let calls = leases.into_iter().map(release).collect::<Vec<_>>();
+    let calls = calls.iter().collect::<Vec<_>>();
+    // Several statements need no transaction here: each release stands for itself, and nobody is told.
+    Ok(write(connection, &calls, &rounds(&calls)).await?.1)
+}
+
+/// The leases that still hold, locked: each is looked up by itself (lateral), in the order of the messages'
+/// numbers. What stands after the first two arrays is given by who uses it.
+macro_rules! fenced {
+    ($arrays:literal, $columns:literal) => {
+        concat!(
+            "\
 with clock as (
     select now_micros() as now
 ),
 fenced as (
-    select given.*, held.attempt
-    from unnest(
-            $1::bigint[], $2::bigint[], $3::smallint[], $4::integer[], $5::bigint[], $6::text[],
-            $7::integer[], $8::text[], $9::bigint[], $10::bigint[], $11::text[],
-            $12::integer[], $13::text[], $14::text[], $15::bytea[]
+    select given.*
+    from unnest($1::bigint[], $2::bigint[],",
+            $arrays,
+            "
+            $3::integer[], $4::text[], $5::bigint[], $6::bigint[], $7::text[],
+            $8::integer[], $9::text[], $10::text[], $11::bytea[]
         ) as given (
-            seq, token, state, failed, wait, reason,
+            seq, token,",
+            $columns,
+            "
             number, replica, started_at, duration, outcome,
             status, error_kind, error, answer
         )
     cross join lateral (
-        select lease.attempt
+        select
         from lease
         where lease.seq = given.seq
             and lease.token = given.token
@@ -114,23 +133,71 @@ fenced as (
         for update
     ) as held
 ),
-listed as (
-    select array_agg(seq order by seq) as seqs, array_agg(state order by seq) as states,
-        array_agg(attempt order by seq) as attempts, array_agg(failed order by seq) as failed,
-        array_agg(wait order by seq) as waits, array_agg(reason order by seq) as reasons,
-        array_agg(token order by seq) as tokens
-    from fenced
-),
 gone as (
     delete from lease
     where seq = any(array(select seq from fenced))
-        and token = any(array(select token from fenced))
     returning seq
+),
+recorded as (
+    insert into delivery (
+        seq, number, replica, started_at, duration, outcome, status, error_kind, error, answer
+    )
+    select seq, number, replica, started_at, duration, outcome, status, error_kind, error, answer
+    from fenced
+    where number is not null
+    on conflict (seq, number) do nothing
+),
+"
+        )
+    };
+}
+
+// Lives on: the primary keys of lease, queue and message; then of ended and of delivery.
+//
+// The number of the attempt is the one after the last that was written, because that is how the claim made
+// it. Nothing in it grows faster than the batch: what differs between messages stands in `SETTLE`.
+const ACK: &str = concat!(
+    fenced!("", ""),
+    "\
+moved as (
+    update message
+    set state = 3, attempts = attempts + 1, finished_at = (select now from clock), reason = null
+    where seq = any(array(select seq from gone))
+    returning seq, queue_id, enqueued_at
+),
+completed as (
+    insert into ended (finished_at, seq, queue_id)
+    select (select now from clock), seq, queue_id
+    from moved
+)
+select seq, (select now from clock) - enqueued_at as age, false as scheduled, null::text as ready
+from moved"
+);
+
+// Lives on: the primary keys of lease, queue and message; then of ready, scheduled, dead or ended, and
+// of delivery.
+//
+// Each message finds what is meant for it by its place in a list, so that there is no order of joining
+// that could be chosen wrongly: see `open`. Its time grows with the square of the batch, which therefore
+// has a bound of its own.
+const SETTLE: &str = concat!(
+    fenced!(
+        "
+            $12::smallint[], $13::integer[], $14::bigint[], $15::text[],",
+        "
+            state, failed, wait, reason,"
+    ),
+    "\
+listed as (
+    select array_agg(seq order by seq) as seqs, array_agg(state order by seq) as states,
+        array_agg(failed order by seq) as failed, array_agg(wait order by seq) as waits,
+        array_agg(reason order by seq) as reasons
+    from fenced
 ),
 moved as (
     update message
     set state = (select states from listed)[array_position((select seqs from listed), seq)],
-        attempts = (select attempts from listed)[array_position((select seqs from listed), seq)],
+        attempts = attempts + 1,
         failures = failures
             + (select failed from listed)[array_position((select seqs from listed), seq)],
         due_at = coalesce(
@@ -170,41 +237,60 @@ completed as (
     select now, seq, queue_id
     from moved
     where state not in (0, 5)
-),
-recorded as (
-    insert into delivery (
-        seq, number, replica, started_at, duration, outcome, status, error_kind, error, answer
-    )
-    select seq, number, replica, started_at, duration, outcome, status, error_kind, error, answer
-    from fenced
-    where number is not null
-        and seq = any(array(select seq from gone))
-    on conflict (seq, number) do nothing
 )
-select seq, (select tokens from listed)[array_position((select seqs from listed), seq)] as token,
-    now - enqueued_at as age, state = 0 and due_at > now as scheduled,
+select seq, now - enqueued_at as age, state = 0 and due_at > now as scheduled,
     case when state = 0 and due_at <= now then (select name from queue where id = queue_id) end as ready
-from moved";
+from moved"
+);
 
 /// The statements of this file.
-pub(super) const STATEMENTS: &[&str] = &[SETTLE];
+pub(super) const STATEMENTS: &[&str] = &[ACK, SETTLE];
 
-async fn write(connection: &mut PgConnection, calls: &[&Settle]) -> Committed<Settled> {
-    // In the order of their numbers, so that two transactions never wait for each other; and of several
-    // settlements with one lease the first, because only one can be written.
-    let mut places = BTreeMap::new();
+/// How many settlements that are no acks one statement takes.
+const OTHERS_MAX: usize = 100;
+
+/// Which calls, by their places, one statement takes: acks, or some that are no acks, each lease once. In the
+/// order of the messages' numbers, so that two transactions never wait for each other; and of several
+/// settlements with one token the first, because only one can be written.
+fn rounds(calls: &[&Settle]) -> Vec<Vec<usize>> {
+    let (mut acks, mut others) = (BTreeMap::<i64, usize>::new(), BTreeMap::new());
+    let mut again = Vec::new();
     for (place, call) in calls.iter().enumerate() {
-        places.entry((call.lease.seq, call.lease.token.0)).or_insert(place);
+        let lease = &call.lease;
+        match acks.get(&lease.seq).or(others.get(&lease.seq)) {
+            Some(first) if calls[*first].lease.token == lease.token => (),
+            Some(_) => again.push(vec![place]),
+            None if call.settlement == Settlement::Ack => drop(acks.insert(lease.seq, place)),
+            None => drop(others.insert(lease.seq, place)),
+        }
     }
-    let first = places.values().map(|place| calls[*place]).collect::<Vec<_>>();
+    let acks = acks.into_values().collect::<Vec<_>>();
+    let others = others.into_values().collect::<Vec<_>>();
+    let mut rounds = if acks.is_empty() { Vec::new() } else { vec![acks] };
+    rounds.extend(others.chunks(OTHERS_MAX).map(<[usize]>::to_vec));
+    rounds.extend(again);
+    rounds
+}
+
+/// Settles, a statement for each round, and says what there is to tell.
+async fn write(
+    connection: &mut PgConnection,
+    calls: &[&Settle],
+    rounds: &[Vec<usize>],
+) -> Result<(Vec<Settled>, Word), Trouble> {
     let mut settled = vec![Settled::LeaseLost; calls.len()];
     let mut word = Word::default();
-    for row in bind(&first).fetch_all(connection).await? {
-        let lease = (row.try_get("seq")?, row.try_get("token")?);
-        if let Some(place) = places.get(&lease) {
-            settled[*place] = Settled::Done { age: rows::elapsed(row.try_get("age")?) };
+    for places in rounds {
+        let chosen = places.iter().map(|place| calls[*place]).collect::<Vec<_>>();
+        for row in bind(&chosen).fetch_all(&mut *connection).await? {
+            let seq: i64 = row.try_get("seq")?;
+            let age = rows::elapsed(row.try_get("age")?);
+            let at = places.binary_search_by_key(&seq, |place| calls[*place].lease.seq);
+            if let Ok(at) = at {
+                settled[places[at]] = Settled::Done { age };
+            }
+            tell(&mut word, &row)?;
         }
-        tell(&mut word, &row)?;
     }
     Ok((settled, word))
 }
@@ -218,18 +304,16 @@ fn tell(word: &mut Word, row: &PgRow) -> sqlx::Result<()> {
 
 type Statement = sqlx::query::Query<'static, sqlx::Postgres, sqlx::postgres::PgArguments>;
 
+/// The statement for settlements that are all acks, or none of them.
 fn bind(calls: &[&Settle]) -> Statement {
     let all = || calls.iter();
     let deliveries = || all().map(|call| call.delivery.as_ref());
     let number = |delivery: &DeliveryRecord| delivery.number as i32;
     let status = |delivery: &DeliveryRecord| delivery.status.map(i32::from);
-    query(SETTLE)
+    let acks = all().all(|call| call.settlement == Settlement::Ack);
+    let statement = query(if acks { ACK } else { SETTLE })
         .bind(all().map(|call| call.lease.seq).collect::<Vec<_>>())
         .bind(all().map(|call| call.lease.token.0).collect::<Vec<_>>())
-        .bind(all().map(|call| state(&call.settlement).code()).collect::<Vec<_>>())
-        .bind(all().map(|call| i32::from(is_failure(&call.settlement))).collect::<Vec<_>>())
-        .bind(all().map(|call| wait(&call.settlement)).collect::<Vec<_>>())
-        .bind(all().map(|call| reason(&call.settlement).map(text)).collect::<Vec<_>>())
         .bind(deliveries().map(|it| it.map(number)).collect::<Vec<_>>())
         .bind(deliveries().map(|it| it.map(|it| text(it.replica.as_str()))).collect::<Vec<_>>())
         .bind(deliveries().map(|it| it.map(|it| rows::micros(it.started_at))).collect::<Vec<_>>())
@@ -242,7 +326,15 @@ fn bind(calls: &[&Settle]) -> Statement {
                 .collect::<Vec<_>>(),
         )
         .bind(deliveries().map(|it| it?.error.as_deref().map(text)).collect::<Vec<_>>())
-        .bind(deliveries().map(|it| it.map(|it| it.answer.to_vec())).collect::<Vec<_>>())
+        .bind(deliveries().map(|it| it.map(|it| it.answer.to_vec())).collect::<Vec<_>>());
+    if acks {
+        return statement;
+    }
+    statement
+        .bind(all().map(|call| state(&call.settlement).code()).collect::<Vec<_>>())
+        .bind(all().map(|call| i32::from(is_failure(&call.settlement))).collect::<Vec<_>>())
+        .bind(all().map(|call| wait(&call.settlement)).collect::<Vec<_>>())
+        .bind(all().map(|call| reason(&call.settlement).map(text)).collect::<Vec<_>>())
 }
 
 /// Where the message goes; 0 for one that can still be delivered.

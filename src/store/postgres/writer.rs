@@ -1,6 +1,6 @@
 //! Where calls gather that share a transaction: group commit.
 //!
-//! A writer has one connection and one task. While it commits, calls wait; then it takes all that wait,
+//! A writer has a few connections, and a task for each. While they commit, calls wait; then one takes all that wait,
 //! so that a commit costs the same for one call as for hundreds. It adds no delay of its own. Where a
 //! batch fails, each of its calls is done alone, so that only the one that is to blame fails.
 
@@ -11,15 +11,18 @@ use std::time::Instant;
 use futures::future::BoxFuture;
 use sqlx::PgConnection;
 use sqlx::postgres::PgConnectOptions;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::model::Leased;
 use crate::telemetry::metrics;
 
-use super::super::{Error, Result};
+use super::super::{Error, Handover, Place, Result};
+use super::Incarnations;
 use super::fault::{Trouble, fault};
 use super::news::{Herald, Word};
+use super::settle::give_back;
 use super::transact::{Line, answered, pause};
 
 /// How many calls may wait for a batch before their callers wait for a place.
@@ -47,11 +50,29 @@ pub(super) trait Batch: Send + Sync + 'static {
     fn commit<'c>(
         connection: &'c mut PgConnection,
         calls: &'c [&'c Self::Call],
+        pumps: &'c Pumps,
     ) -> BoxFuture<'c, Committed<Self::Answer>>;
 }
 
-/// The answers to the calls of a batch, in order, and what there is to tell.
-pub(super) type Committed<A> = Result<(Vec<A>, Word), Trouble>;
+/// What has become of a batch.
+pub(super) type Committed<A> = Result<Done<A>, Trouble>;
+
+/// A batch that is committed.
+pub(super) struct Done<A> {
+    /// To each call, in order.
+    pub(super) answers: Vec<A>,
+    /// What there is to tell.
+    pub(super) word: Word,
+    /// What was stored as leased, for those who have a place for it.
+    pub(super) handed: Vec<(Place, Leased)>,
+}
+
+/// The pumps of this process, as far as messages can be handed over to them.
+#[derive(Debug)]
+pub(super) struct Pumps {
+    pub(super) handover: Arc<Handover>,
+    pub(super) incarnations: Arc<Incarnations>,
+}
 
 /// Where calls of one kind are handed in.
 pub(super) struct Writer<B: Batch> {
@@ -70,16 +91,28 @@ impl<B: Batch> fmt::Debug for Writer<B> {
 }
 
 impl<B: Batch> Writer<B> {
-    /// Opens a writer. Once told to stop, it takes no more calls and does those that wait.
+    /// Opens a writer with so many connections, each with a transaction of its own. Once told to stop, it
+    /// takes no more calls and does those that wait.
     pub(super) fn open(
         tasks: &TaskTracker,
+        connections: usize,
         options: PgConnectOptions,
-        herald: Arc<Herald>,
-        stop: CancellationToken,
+        herald: &Arc<Herald>,
+        pumps: &Arc<Pumps>,
+        stop: &CancellationToken,
     ) -> Self {
         let (calls, waiting) = mpsc::channel(CALLS_WAITING_MAX);
-        let clerk = Clerk { waiting, line: Line::new(options), herald, stop };
-        tasks.spawn(clerk.serve());
+        let waiting = Arc::new(Mutex::new(waiting));
+        for _ in 0..connections {
+            let clerk = Clerk {
+                waiting: Arc::clone(&waiting),
+                line: Line::new(options.clone()),
+                herald: Arc::clone(herald),
+                pumps: Arc::clone(pumps),
+                stop: stop.clone(),
+            };
+            tasks.spawn(clerk.serve());
+        }
         Self { calls }
     }
 
@@ -94,39 +127,40 @@ impl<B: Batch> Writer<B> {
 
 /// The task behind a writer.
 struct Clerk<B: Batch> {
-    waiting: mpsc::Receiver<Waiting<B>>,
+    /// The others of this writer take from it too, one at a time.
+    waiting: Arc<Mutex<mpsc::Receiver<Waiting<B>>>>,
     line: Line,
     herald: Arc<Herald>,
+    pumps: Arc<Pumps>,
     stop: CancellationToken,
 }
 
 impl<B: Batch> Clerk<B> {
     async fn serve(mut self) {
-        while let Some(first) = self.next().await {
-            let batch = self.gather(first);
+        while let Some(batch) = self.gather().await {
             self.settle(batch).await;
         }
         self.line.close().await;
     }
 
-    async fn next(&mut self) -> Option<Waiting<B>> {
-        if let Some(next) = self.stop.run_until_cancelled(self.waiting.recv()).await {
-            return next;
-        }
-        self.waiting.close();
-        self.waiting.recv().await
-    }
-
-    /// Takes what waits, up to what one transaction should carry.
-    fn gather(&mut self, first: Waiting<B>) -> Vec<Waiting<B>> {
+    /// Waits for a call and takes what waits besides, up to what one transaction should carry.
+    async fn gather(&self) -> Option<Vec<Waiting<B>>> {
+        let mut waiting = self.waiting.lock().await;
+        let first = match self.stop.run_until_cancelled(waiting.recv()).await {
+            Some(first) => first?,
+            None => {
+                waiting.close();
+                waiting.recv().await?
+            }
+        };
         let mut weight = B::weight(&first.call);
         let mut batch = vec![first];
         while weight < WEIGHT_MAX && batch.len() < CALLS_MAX {
-            let Ok(next) = self.waiting.try_recv() else { break };
+            let Ok(next) = waiting.try_recv() else { break };
             weight += B::weight(&next.call);
             batch.push(next);
         }
-        batch
+        Some(batch)
     }
 
     async fn settle(&mut self, batch: Vec<Waiting<B>>) {
@@ -163,7 +197,7 @@ impl<B: Batch> Clerk<B> {
     async fn commit(&mut self, calls: &[&B::Call]) -> Result<Vec<B::Answer>, Trouble> {
         let started = Instant::now();
         let mut tries = 1;
-        let (answers, word) = loop {
+        let Done { answers, word, handed } = loop {
             match self.attempt(calls).await {
                 Err(trouble) if tries < TRIES && trouble.is_worth_another_try() => {
                     pause(tries).await;
@@ -175,12 +209,37 @@ impl<B: Batch> Clerk<B> {
         self.herald.tell(word);
         metrics::commit_seconds(B::NAME).record(started.elapsed());
         metrics::batch_size(B::NAME).record(calls.len() as f64);
+        self.hand_over(handed).await;
         Ok(answers)
+    }
+
+    /// Hands over what was stored as leased. What nobody takes any more is given back, so that it need not
+    /// wait for the end of a lease that nobody has.
+    async fn hand_over(&mut self, handed: Vec<(Place, Leased)>) {
+        let hand = |(place, leased): (Place, Leased)| place.hand(leased).err();
+        let left = handed.into_iter().filter_map(hand).map(|leased| leased.lease);
+        let left = left.collect::<Vec<_>>();
+        if left.is_empty() {
+            return;
+        }
+        let messages = left.len();
+        let given_back = async {
+            let connection = self.line.connection().await?;
+            answered(give_back(connection, left)).await
+        };
+        match given_back.await {
+            Ok(word) => self.herald.tell(word),
+            Err(trouble) => {
+                let error = Error::from(trouble);
+                tracing::warn!(%error, messages, "not given back; they return with their leases");
+                self.line.hang_up();
+            }
+        }
     }
 
     async fn attempt(&mut self, calls: &[&B::Call]) -> Committed<B::Answer> {
         let connection = self.line.connection().await?;
-        let done = answered(B::commit(connection, calls)).await;
+        let done = answered(B::commit(connection, calls, &self.pumps)).await;
         if done.as_ref().is_err_and(|trouble| trouble.is_for_all().is_some()) {
             self.line.hang_up();
         }

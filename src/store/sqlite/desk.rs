@@ -15,7 +15,7 @@ use crate::clock::Clock;
 use crate::model::{MessageId, QueueName, QueueSettings, State, Token};
 use crate::telemetry::metrics;
 
-use super::super::{Handover, News};
+use super::super::{Handover, News, columns};
 use super::fault::{leaves_doubt, unreadable};
 use super::open::Opened;
 use super::rows;
@@ -40,6 +40,8 @@ pub(super) struct Desk {
     /// The same, of a report that is not committed yet.
     reported: Option<i64>,
     next_seq: i64,
+    /// What the tokens of the transaction that is open are made of, once the first is given.
+    chance: Option<i64>,
     queues_changed: bool,
     /// Whether the connection is not to be used again: see [`Desk::start_anew`].
     in_doubt: bool,
@@ -121,6 +123,7 @@ impl Desk {
             incarnation,
             reported: None,
             next_seq,
+            chance: None,
             queues_changed: false,
             in_doubt: false,
             options,
@@ -145,6 +148,7 @@ impl Desk {
         self.now = rows::micros(self.clock.now());
         self.tally = Tally::default();
         self.word = Word::default();
+        self.chance = None;
         if self.queues_changed {
             self.queues = Queues::load(&mut self.connection).await?;
             self.queues_changed = false;
@@ -210,6 +214,17 @@ impl Desk {
         let seq = self.next_seq;
         self.next_seq += 1;
         seq
+    }
+
+    /// A random number for the tokens of this transaction: each lease has this and its message's number,
+    /// added, for a token. A message is leased at most once in a transaction.
+    pub(super) fn chance(&mut self) -> sqlx::Result<i64> {
+        let chance = match self.chance {
+            Some(chance) => chance,
+            None => columns::chance()?,
+        };
+        self.chance = Some(chance);
+        Ok(chance)
     }
 
     /// Says that queues are changed in this transaction, so that they are read again before the next.

@@ -9,16 +9,11 @@ use std::time::Instant;
 
 use sqlx::{Row, query};
 
-use crate::model::{
-    Head, Idempotency, Lease, Leased, Message, MessageId, NewMessage, ReplicaName, State, Token,
-    Tries,
-};
+use crate::model::{Idempotency, Lease, Leased, MessageId, NewMessage, ReplicaName, State, Token};
 
-use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal, Result, refusals};
+use super::super::{Enqueue, EnqueueOutcome, Enqueued, Place, Receipt, Refusal, Result, refusals};
 use super::desk::{Desk, Held, Queue};
 use super::fault::{of_one, unreadable};
-use super::lease::new_token;
-use super::place::Place;
 use super::rows::{self, Insert, Rows, Statement};
 use super::surgery;
 
@@ -107,7 +102,7 @@ struct NewLease {
     place: Place,
     replica: ReplicaName,
     incarnation: i64,
-    token: Token,
+    chance: i64,
     leased_at: i64,
     /// By the clock of the database and by that of this process.
     until: (i64, Instant),
@@ -292,7 +287,7 @@ set fingerprint = excluded.fingerprint, seq = excluded.seq, id = excluded.id,
 }]);
 
 /// A lease for a new message, where somebody has a place for it and no other message comes first.
-fn lease(desk: &Desk, queue: &Queue, state: State) -> Option<NewLease> {
+fn lease(desk: &mut Desk, queue: &Queue, state: State) -> Option<NewLease> {
     if state != State::Ready || desk.count(queue.id, State::Ready) != 0 {
         return None;
     }
@@ -302,7 +297,7 @@ fn lease(desk: &Desk, queue: &Queue, state: State) -> Option<NewLease> {
         place,
         replica,
         incarnation: desk.incarnation,
-        token: new_token().ok()?,
+        chance: desk.chance().ok()?,
         leased_at: desk.now,
         until: (rows::after(desk.now, duration), desk.began + duration),
     })
@@ -313,9 +308,14 @@ impl NewRow<'_> {
         if self.lease.is_some() { State::Leased } else { self.receipt.state }
     }
 
+    fn token(&self) -> Option<Token> {
+        self.lease.as_ref().map(|lease| Token(lease.chance + self.seq))
+    }
+
     /// What goes to the place that was kept for it, if there was one.
     fn handed(self, desk: &mut Desk) -> Option<(Place, Leased)> {
-        let NewLease { place, token, leased_at, until, .. } = self.lease?;
+        let token = self.token()?;
+        let NewLease { place, leased_at, until, .. } = self.lease?;
         let message = self.message;
         let held = Held {
             id: message.id,
@@ -326,23 +326,10 @@ impl NewRow<'_> {
             until: until.0,
         };
         desk.leases.insert(self.seq, held);
-        let head = Head {
-            id: message.id,
-            queue: message.queue.clone(),
-            kind: message.kind.clone(),
-            correlation_id: message.correlation_id.clone(),
-            details: message.details.clone(),
-            priority: message.priority,
-            enqueued_at: self.receipt.enqueued_at,
-            expires_at: self.expires_at.and_then(|at| rows::moment(at).ok()),
-        };
-        let leased = Leased {
-            lease: Lease { seq: self.seq, id: message.id, token, until: until.1 },
-            message: Message { head, body: message.body.clone() }, // shares the bytes
-            tries: Tries { attempts: 1, failures: 0, crashes: 0 },
-            due_at: self.receipt.deliver_at,
-            leased_at: rows::moment(leased_at).unwrap_or_default(),
-        };
+        let lease = Lease { seq: self.seq, id: message.id, token, until: until.1 };
+        let expires_at = self.expires_at.and_then(|at| rows::moment(at).ok());
+        let now = rows::moment(leased_at).unwrap_or_default();
+        let leased = Leased::from_new(message, lease, now, expires_at);
         Some((place, leased))
     }
 
@@ -356,7 +343,7 @@ impl NewRow<'_> {
             .bind(-i64::from(row.message.priority))
             .bind(row.due_at)
             .bind(i64::from(lease.is_some()))
-            .bind(lease.map_or(0, |lease| lease.token.0))
+            .bind(row.token().map_or(0, |token| token.0))
             .bind(lease.map_or(0, |lease| lease.leased_at))
             .bind(lease.map_or(0, |lease| lease.until.0))
             .bind(lease.map_or(0, |lease| lease.incarnation))

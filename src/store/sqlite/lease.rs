@@ -1,15 +1,19 @@
 //! Claiming messages, and keeping the claim.
+//!
+//! A claim is read as one row, whatever it takes: a row is a word between two threads, and a word for each
+//! message costs more than the message. What the rows hold is laid end to end, with the lengths beside it.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use serde::Deserialize;
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, query};
 
-use crate::model::{Lease, Leased, Message, QueueName, State, Token, Tries};
+use crate::model::{Head, Lease, Leased, Message, State, Token, Tries};
 
-use super::super::Claim;
+use super::super::{CLAIM_BYTES_MAX, Claim};
 use super::desk::{Desk, Held, Queue};
 use super::fault::unreadable;
 use super::rows;
@@ -24,138 +28,289 @@ pub(super) async fn lease(
     let mut leased = Vec::new();
     // Goes round again only where it met something unreadable, which then is no longer ready.
     while leased.len() < claim.max {
-        let max = claim.max - leased.len();
-        let picked = pick(desk, queue, claim.urgent_only, max, asked + claim.duration).await?;
-        mark_leased(desk, queue, claim, &picked.good).await?;
-        mark_unreadable(desk, queue, &picked.unreadable).await?;
-        leased.extend(picked.good);
-        if picked.unreadable.is_empty() {
+        let picked = pick(desk, queue, claim.urgent_only, claim.max - leased.len()).await?;
+        let taken = take(desk, queue, claim, &picked, asked + claim.duration).await?;
+        mark_unreadable(desk, queue, &taken.unreadable).await?;
+        leased.extend(taken.good);
+        if taken.unreadable.is_empty() {
             break;
         }
     }
     Ok(leased)
 }
 
-struct Picked {
-    good: Vec<Leased>,
-    unreadable: Vec<(i64, String)>,
+/// What a claim reads of message, as it stands in the list that [`READY`] makes.
+macro_rules! pick {
+    ($ready:literal) => {
+        concat!(
+            "\
+select json_group_array(json_array(
+    seq, hex(id), rank, due_at, attempts, failures, crashes, enqueued_at, expires_at, size
+))
+from (
+    select *
+    from message ",
+            $ready,
+            "
+        and message.state = 0
+        and (message.expires_at is null or message.expires_at > ?2)
+    order by message.rank, message.due_at, message.seq
+    limit ?3
+)"
+        )
+    };
 }
 
-// Lives on: message_ready, from its front, then the primary key of content. What has expired is passed
-// over; the sweep takes it out of the way.
-const READY: &str = "\
-select message.seq, message.id, message.rank, message.due_at, message.attempts, message.failures,
-    message.crashes, message.enqueued_at, message.expires_at, content.kind,
-    content.correlation_id, content.details, content.body
-from message indexed by message_ready
-left join content on content.seq = message.seq
-where message.queue_id = ?1
-    and message.state = 0
-    and (message.expires_at is null or message.expires_at > ?2)
-order by message.rank, message.due_at, message.seq
-limit ?3";
+// Lives on: message_ready, from its front. What has expired is passed over; the sweep takes it out of the way.
+const READY: &str = pick!(
+    "\
+indexed by message_ready
+    where message.queue_id = ?1"
+);
 
-// Lives on: message_urgent, from its front, then the primary key of content.
-const URGENT: &str = "\
-select message.seq, message.id, message.rank, message.due_at, message.attempts, message.failures,
-    message.crashes, message.enqueued_at, message.expires_at, content.kind,
-    content.correlation_id, content.details, content.body
-from message indexed by message_urgent
-left join content on content.seq = message.seq
-where message.queue_id = ?1
-    and message.urgent = 1
-    and message.state = 0
-    and (message.expires_at is null or message.expires_at > ?2)
-order by message.rank, message.due_at, message.seq
-limit ?3";
+// Lives on: message_urgent, from its front.
+const URGENT: &str = pick!(
+    "\
+indexed by message_urgent
+    where message.queue_id = ?1
+        and message.urgent = 1"
+);
 
+/// A message that is ready, as [`READY`] lists it.
+#[derive(Debug, Deserialize)]
+struct Picked {
+    seq: i64,
+    id: String,
+    rank: i64,
+    due_at: i64,
+    attempts: i64,
+    failures: i64,
+    crashes: i64,
+    enqueued_at: i64,
+    expires_at: Option<i64>,
+    size: i64,
+}
+
+/// The first that are ready, as many as may be read at once: always one, and then as far as their payloads
+/// stay within [`CLAIM_BYTES_MAX`].
 async fn pick(
     desk: &mut Desk,
     queue: &Queue,
     urgent_only: bool,
     max: usize,
-    until: Instant,
-) -> sqlx::Result<Picked> {
+) -> sqlx::Result<Vec<Picked>> {
     let text = if urgent_only { URGENT } else { READY };
     let max = i64::try_from(max).unwrap_or(i64::MAX);
     let ready = query(text).bind(queue.id).bind(desk.now).bind(max);
-    let mut picked = Picked { good: Vec::new(), unreadable: Vec::new() };
-    for row in ready.fetch_all(&mut desk.connection).await? {
-        match leased(&row, &queue.name, until, desk.now) {
-            Ok(leased) => picked.good.push(leased),
-            Err(error) => picked.unreadable.push((row.try_get("seq")?, error.to_string())),
-        }
-    }
+    let ready = ready.fetch_one(&mut desk.connection).await?;
+    let mut picked = serde_json::from_str::<Vec<Picked>>(ready.try_get(0)?)
+        .map_err(|_| unreadable("what is ready is not what was listed"))?;
+    let mut bytes = 0;
+    let fits = |message: &&Picked| {
+        bytes += usize::try_from(message.size).unwrap_or(0);
+        bytes <= CLAIM_BYTES_MAX
+    };
+    let fitting = picked.iter().take_while(fits).count();
+    picked.truncate(fitting.max(1));
     Ok(picked)
 }
 
-fn leased(row: &SqliteRow, queue: &QueueName, until: Instant, now: i64) -> sqlx::Result<Leased> {
-    let details: &str = row.try_get("details")?;
-    let details = serde_json::from_str(details);
+/// Lives on: the primary key of message. Leaves message_ready and message_urgent for message_leased.
+macro_rules! mark_leased {
+    () => {
+        "\
+update message
+set state = 2, urgent = 0, attempts = attempts + 1, token = ?2 + seq, leased_at = ?3, lease_until = ?4,
+    incarnation = ?5, replica = ?6
+where seq in (select value from json_each(?1))"
+    };
+}
+
+/// Lives on: the primary key of content.
+macro_rules! contents {
+    () => {
+        "\
+select
+    json_group_array(json_array(
+        content.seq, octet_length(kind), octet_length(correlation_id), octet_length(details),
+        octet_length(body)
+    )) as lengths,
+    cast(group_concat(kind, '') as blob) as kinds,
+    cast(group_concat(correlation_id, '') as blob) as correlation_ids,
+    cast(group_concat(details, '') as blob) as details,
+    cast(group_concat(body, '') as blob) as bodies
+from json_each(?1) as wanted
+cross join content on content.seq = wanted.value"
+    };
+}
+
+// Lives on: see `mark_leased` and `contents`, which are executed together.
+const TAKE: &str = concat!(mark_leased!(), ";\n", contents!());
+const MARK_LEASED: &str = mark_leased!();
+const CONTENTS: &str = contents!();
+
+/// What a claim took.
+#[derive(Debug, Default)]
+struct Taken {
+    good: Vec<Leased>,
+    /// What was marked as leased, and cannot be read: its number, and why.
+    unreadable: Vec<(i64, String)>,
+}
+
+/// Marks them as leased, and reads their contents.
+async fn take(
+    desk: &mut Desk,
+    queue: &Queue,
+    claim: &Claim,
+    picked: &[Picked],
+    until: Instant,
+) -> sqlx::Result<Taken> {
+    let mut taken = Taken::default();
+    if picked.is_empty() {
+        return Ok(taken);
+    }
+    let chance = desk.chance()?;
+    let lease_until = rows::after(desk.now, claim.duration);
+    let row = query(TAKE)
+        .bind(rows::list(picked.iter().map(|message| message.seq)))
+        .bind(chance)
+        .bind(desk.now)
+        .bind(lease_until)
+        .bind(desk.incarnation)
+        .bind(claim.replica.as_str().to_owned())
+        .fetch_one(&mut desk.connection)
+        .await?;
+    let mut contents = Contents::read(&row)?;
+    for message in picked {
+        desk.moved(queue.id, State::Ready, State::Leased);
+        let token = Token(chance + message.seq);
+        match leased(message, contents.next(message.seq), queue, token, desk.now, until) {
+            Ok(leased) => {
+                let held = Held {
+                    id: leased.lease.id,
+                    queue_id: queue.id,
+                    token,
+                    enqueued_at: message.enqueued_at,
+                    due_at: message.due_at,
+                    until: lease_until,
+                };
+                desk.leases.insert(message.seq, held);
+                taken.good.push(leased);
+            }
+            Err(error) => taken.unreadable.push((message.seq, error.to_string())),
+        }
+    }
+    Ok(taken)
+}
+
+fn leased(
+    picked: &Picked,
+    content: sqlx::Result<Content>,
+    queue: &Queue,
+    token: Token,
+    now: i64,
+    until: Instant,
+) -> sqlx::Result<Leased> {
+    let id = rows::message_id_of_hex(&picked.id)?;
+    let content = content?;
+    let details = serde_json::from_slice(&content.details);
     let details = details.map_err(|_| unreadable("the details are not what was written"))?;
-    let head = rows::head(row, queue.clone(), details)?;
-    let before = rows::tries(row)?;
+    let before = rows::tries_of(picked.attempts, picked.failures, picked.crashes)?;
+    let head = Head {
+        id,
+        queue: queue.name.clone(),
+        kind: content.kind.map(text).transpose()?,
+        correlation_id: content.correlation_id.map(text).transpose()?,
+        details,
+        priority: rows::priority(picked.rank)?,
+        enqueued_at: rows::moment(picked.enqueued_at)?,
+        expires_at: rows::maybe_moment(picked.expires_at)?,
+    };
     Ok(Leased {
-        lease: Lease { seq: row.try_get("seq")?, id: head.id, token: new_token()?, until },
-        message: Message { head, body: Bytes::from(row.try_get::<Vec<u8>, _>("body")?) },
+        lease: Lease { seq: picked.seq, id, token, until },
+        message: Message { head, body: content.body },
         // Counted here and not when it is settled, so that a crash in between counts too.
         tries: Tries { attempts: before.attempts.saturating_add(1), ..before },
-        due_at: rows::moment(row.try_get("due_at")?)?,
+        due_at: rows::moment(picked.due_at)?,
         leased_at: rows::moment(now)?,
     })
 }
 
-pub(super) fn new_token() -> sqlx::Result<Token> {
-    let bits = getrandom::u64().map_err(|error| sqlx::Error::Io(std::io::Error::other(error)))?;
-    Ok(Token((bits >> 1).cast_signed()))
+fn text(bytes: Bytes) -> sqlx::Result<String> {
+    String::from_utf8(bytes.into()).map_err(|_| unreadable("a text is no UTF-8"))
 }
 
-// Lives on: the primary key of message. Leaves message_ready and message_urgent for message_leased.
-const MARK_LEASED: &str = "\
-update message
-set state = 2, urgent = 0, attempts = message.attempts + 1, token = taken.value ->> 1,
-    leased_at = ?2, lease_until = ?3, incarnation = ?4, replica = ?5
-from json_each(?1) as taken
-where message.seq = taken.value ->> 0";
+/// The contents of several messages, as [`TAKE`] reads them: what is alike, end to end.
+struct Contents {
+    lengths: std::iter::Peekable<std::vec::IntoIter<Lengths>>,
+    kinds: Bytes,
+    correlation_ids: Bytes,
+    details: Bytes,
+    bodies: Bytes,
+}
 
-async fn mark_leased(
-    desk: &mut Desk,
-    queue: &Queue,
-    claim: &Claim,
-    leased: &[Leased],
-) -> sqlx::Result<()> {
-    if leased.is_empty() {
-        return Ok(());
-    }
-    let taken = leased.iter().map(|leased| (leased.lease.seq, leased.lease.token.0));
-    query(MARK_LEASED)
-        .bind(rows::json(&taken.collect::<Vec<_>>()))
-        .bind(desk.now)
-        .bind(rows::after(desk.now, claim.duration))
-        .bind(desk.incarnation)
-        .bind(claim.replica.as_str().to_owned())
-        .execute(&mut desk.connection)
-        .await?;
-    let until = rows::after(desk.now, claim.duration);
-    for Leased { lease, message, due_at, .. } in leased {
-        desk.moved(queue.id, State::Ready, State::Leased);
-        let held = Held {
-            id: lease.id,
-            queue_id: queue.id,
-            token: lease.token,
-            enqueued_at: rows::micros(message.head.enqueued_at),
-            due_at: rows::micros(*due_at),
-            until,
+/// How long the parts of a content are.
+#[derive(Debug, Deserialize)]
+struct Lengths {
+    seq: i64,
+    kind: Option<usize>,
+    correlation_id: Option<usize>,
+    details: usize,
+    body: usize,
+}
+
+/// One message's content, cut out of what was read.
+struct Content {
+    kind: Option<Bytes>,
+    correlation_id: Option<Bytes>,
+    details: Bytes,
+    body: Bytes,
+}
+
+impl Contents {
+    fn read(row: &SqliteRow) -> sqlx::Result<Self> {
+        let bytes = |column| -> sqlx::Result<Bytes> {
+            Ok(row.try_get::<Option<Vec<u8>>, _>(column)?.unwrap_or_default().into())
         };
-        desk.leases.insert(lease.seq, held);
+        let lengths = serde_json::from_str::<Vec<Lengths>>(row.try_get("lengths")?)
+            .map_err(|_| unreadable("the contents are not what was listed"))?;
+        Ok(Self {
+            lengths: lengths.into_iter().peekable(),
+            kinds: bytes("kinds")?,
+            correlation_ids: bytes("correlation_ids")?,
+            details: bytes("details")?,
+            bodies: bytes("bodies")?,
+        })
     }
-    Ok(())
+
+    /// The content of this message; they are asked for in the order in which they were listed. The payload
+    /// shares its bytes with those of the others.
+    fn next(&mut self, seq: i64) -> sqlx::Result<Content> {
+        let lengths = self.lengths.next_if(|lengths| lengths.seq == seq);
+        let lengths = lengths.ok_or_else(|| unreadable("its content is gone"))?;
+        Ok(Content {
+            kind: lengths.kind.map(|length| cut(&mut self.kinds, length)).transpose()?,
+            correlation_id: lengths
+                .correlation_id
+                .map(|length| cut(&mut self.correlation_ids, length))
+                .transpose()?,
+            details: cut(&mut self.details, lengths.details)?,
+            body: cut(&mut self.bodies, lengths.body)?,
+        })
+    }
 }
 
-// Lives on: the primary key of message. Leaves message_ready for message_dead.
+fn cut(from: &mut Bytes, length: usize) -> sqlx::Result<Bytes> {
+    if length > from.len() {
+        return Err(unreadable("the contents are shorter than what was listed"));
+    }
+    Ok(from.split_to(length))
+}
+
+// Lives on: the primary key of message. Leaves message_leased for message_dead. The attempt was none.
 const MARK_UNREADABLE: &str = "\
 update message
-set state = 5, urgent = 0, finished_at = ?2, reason = broken.value ->> 1
+set state = 5, attempts = attempts - 1, finished_at = ?2, reason = broken.value ->> 1
 from json_each(?1) as broken
 where message.seq = broken.value ->> 0";
 
@@ -173,7 +328,7 @@ async fn mark_unreadable(
     query(MARK_UNREADABLE).bind(broken).bind(desk.now).execute(&mut desk.connection).await?;
     for (seq, why) in unreadable {
         tracing::error!(queue = %queue.name, seq, why, "set aside a message that cannot be read");
-        desk.moved(queue.id, State::Ready, State::Dead);
+        desk.moved(queue.id, State::Leased, State::Dead);
         desk.word.unreadable.push(queue.name.clone());
     }
     Ok(())
@@ -218,4 +373,5 @@ pub(super) async fn renew(
 }
 
 /// The statements of this file.
-pub(super) const STATEMENTS: &[&str] = &[READY, URGENT, MARK_LEASED, MARK_UNREADABLE, RENEW];
+pub(super) const STATEMENTS: &[&str] =
+    &[READY, URGENT, MARK_LEASED, CONTENTS, MARK_UNREADABLE, RENEW];

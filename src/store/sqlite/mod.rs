@@ -13,7 +13,6 @@ mod open;
 mod fault;
 mod rows;
 mod desk;
-mod place;
 mod writer;
 mod enqueue;
 mod lease;
@@ -72,6 +71,7 @@ impl Sqlite {
         let handover = Arc::new(Handover::default());
         let desk = Desk::new(opened, clock.clone(), news.clone(), handover.clone());
         let writer = Writer::start(desk.await.map_err(of_one)?);
+        let writer = writer.map_err(|error| Error::Unavailable(error.into()))?;
         Ok(Self { writer, readers, clock, news, handover })
     }
 

@@ -8,7 +8,7 @@ use sqlx::sqlite::{SqliteArguments, SqliteRow};
 use sqlx::{AssertSqlSafe, Row, Sqlite, SqliteConnection};
 use uuid::Uuid;
 
-use crate::model::{Details, Head, MessageId, QueueName, Record, Tries};
+use crate::model::{Head, MessageId, Record, Tries};
 
 use super::super::columns::{elapsed, nearest_priority, unreadable};
 
@@ -127,35 +127,27 @@ pub(super) fn message_id(row: &SqliteRow) -> sqlx::Result<MessageId> {
     Ok(MessageId(uuid))
 }
 
+/// Reads a message's name from the text that `hex` makes of it.
+pub(super) fn message_id_of_hex(text: &str) -> sqlx::Result<MessageId> {
+    let uuid = Uuid::try_parse(text).map_err(|_| unreadable("an id is no UUID"))?;
+    Ok(MessageId(uuid))
+}
+
 /// A message's name, or no name at all where it cannot be read: for showing it, and for ending it.
 pub(super) fn shown_id(row: &SqliteRow) -> MessageId {
     message_id(row).unwrap_or(MessageId(Uuid::nil()))
 }
 
-/// Reads how often a message was tried.
-pub(super) fn tries(row: &SqliteRow) -> sqlx::Result<Tries> {
-    Ok(Tries {
-        attempts: row.try_get("attempts")?,
-        failures: row.try_get("failures")?,
-        crashes: row.try_get("crashes")?,
-    })
+/// How often a message was tried.
+pub(super) fn tries_of(attempts: i64, failures: i64, crashes: i64) -> sqlx::Result<Tries> {
+    let count = |n| u32::try_from(n).map_err(|_| unreadable("a count is out of range"));
+    Ok(Tries { attempts: count(attempts)?, failures: count(failures)?, crashes: count(crashes)? })
 }
 
-/// Reads what never changes of a message, with the details as they stand there.
-pub(super) fn head(row: &SqliteRow, queue: QueueName, details: Details) -> sqlx::Result<Head> {
-    let rank: i64 = row.try_get("rank")?;
+/// The priority that stands in a row with its sign turned.
+pub(super) fn priority(rank: i64) -> sqlx::Result<i8> {
     let priority = rank.checked_neg().and_then(|priority| i8::try_from(priority).ok());
-    let priority = priority.ok_or_else(|| unreadable("a priority is out of range"))?;
-    Ok(Head {
-        id: message_id(row)?,
-        queue,
-        kind: row.try_get("kind")?,
-        correlation_id: row.try_get("correlation_id")?,
-        details,
-        priority,
-        enqueued_at: moment(row.try_get("enqueued_at")?)?,
-        expires_at: maybe_moment(row.try_get("expires_at")?)?,
-    })
+    priority.ok_or_else(|| unreadable("a priority is out of range"))
 }
 
 /// Reads a message without its payload, as far as it can be read: looking at a message is how a person

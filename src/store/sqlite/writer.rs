@@ -20,12 +20,11 @@ use crate::model::{Leased, Settlement};
 use crate::telemetry::metrics;
 
 use super::super::{
-    Claim, Enqueue, EnqueueOutcome, Error, Result, Settle, Settled, count_enqueued,
+    Claim, Enqueue, EnqueueOutcome, Error, Place, Result, Settle, Settled, count_enqueued,
 };
 use super::desk::Desk;
 use super::enqueue::{self, Plan};
 use super::fault::{fault, is_known_already, of_one};
-use super::place::Place;
 use super::{lease, settle};
 
 /// How many calls may wait in each queue; who comes later waits outside.
@@ -70,8 +69,8 @@ type Errand = Box<
 >;
 
 impl Writer {
-    /// Starts the task.
-    pub(super) fn start(desk: Desk) -> Self {
+    /// Starts the task, on a thread of its own. **Fails** where the system has no more threads.
+    pub(super) fn start(desk: Desk) -> std::io::Result<Self> {
         let (urgent, urgent_waiting) = mpsc::channel(CALLS_WAITING_MAX);
         let (enqueues, enqueues_waiting) = mpsc::channel(CALLS_WAITING_MAX);
         let stop = CancellationToken::new();
@@ -82,9 +81,15 @@ impl Writer {
             stop: stop.clone(),
             put_back: None,
         };
-        tasks.spawn(write_until_stopped(desk, inbox));
+        let write = tasks.track_future(write_until_stopped(desk, inbox));
         tasks.close();
-        Self { urgent, enqueues, _stop_on_drop: stop.clone().drop_guard(), stop, tasks }
+        // A thread of its own: each statement ends with a wait for a turn, and a runtime that is busy with
+        // requests and deliveries gives turns late to whom another thread has woken.
+        let turns = tokio::runtime::Builder::new_current_thread().build()?;
+        std::thread::Builder::new()
+            .name("pumphouse-writer".to_owned())
+            .spawn(move || turns.block_on(write))?;
+        Ok(Self { urgent, enqueues, _stop_on_drop: stop.clone().drop_guard(), stop, tasks })
     }
 
     pub(super) async fn enqueue(&self, enqueue: Enqueue) -> Result<EnqueueOutcome> {
@@ -324,13 +329,13 @@ async fn answer(desk: &mut Desk, batch: Batch, answers: Answers) {
     for ((_, reply), answer) in batch.settles.into_iter().zip(answers.settles) {
         let _ = reply.send(answer);
     }
+    let hand = |(place, leased): (Place, Leased)| place.hand(leased).err();
+    let mut left =
+        answers.handed.into_iter().filter_map(hand).map(|leased| *leased).collect::<Vec<_>>();
     count_enqueued(answers.enqueues.iter().filter_map(|outcome| outcome.as_ref().ok()));
     for ((_, reply), answer) in batch.enqueues.into_iter().zip(answers.enqueues) {
         let _ = reply.send(answer);
     }
-    let hand = |(place, leased): (Place, Leased)| place.hand(leased).err();
-    let mut left =
-        answers.handed.into_iter().filter_map(hand).map(|leased| *leased).collect::<Vec<_>>();
     for ((_, reply), answer) in batch.claims.into_iter().zip(answers.claims) {
         left.extend(reply.send(answer).err().and_then(Result::ok).unwrap_or_default());
     }

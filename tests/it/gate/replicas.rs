@@ -92,7 +92,9 @@ async fn what_a_killed_process_held_is_delivered_by_the_other() {
     scene.receiver.set(
         "/q",
         Mood::by(move |delivery| {
-            if delivery.header("pumphouse-replica") == name { Mood::Hang } else { Mood::ack() }
+            // Not at once, or this process would do them all alone.
+            let ours = || Mood::slow(Duration::from_millis(100));
+            if delivery.header("pumphouse-replica") == name { Mood::Hang } else { ours() }
         }),
     );
     send_many(&scene, 40).await;
@@ -130,7 +132,7 @@ async fn a_frozen_process_changes_nothing_when_it_thaws() {
             if delivery.header("pumphouse-replica") == "two" {
                 Mood::held(&held)
             } else {
-                Mood::ack()
+                Mood::slow(Duration::from_millis(100))
             }
         }),
     );

@@ -1,4 +1,4 @@
-//! What is handed over in memory once it is committed: the SQLite store, with somebody who takes.
+//! What is handed over in memory once it is committed: both databases, with somebody who takes.
 
 use std::sync::Arc;
 use std::sync::Mutex;
@@ -10,7 +10,6 @@ use pumphouse::store::{Enqueued, Settled, Taker};
 
 use crate::support::eventually;
 use crate::support::stage::{LONG, SHORT, Stage, message, replica, together};
-use crate::support::stores;
 
 /// Takes what it has places for.
 #[derive(Debug)]
@@ -72,9 +71,7 @@ impl Taker for Hands {
     }
 }
 
-#[tokio::test]
-async fn a_message_is_handed_over_as_if_it_had_been_claimed() {
-    let stage = stores::sqlite().await;
+pub(crate) async fn a_message_is_handed_over_as_if_it_had_been_claimed(stage: Stage) {
     let queue = stage.queue("letters").await;
     let hands = Hands::with(1).open(&stage, &queue);
     let receipt = stage.send(message(&queue, "hello")).await;
@@ -91,9 +88,7 @@ async fn a_message_is_handed_over_as_if_it_had_been_claimed() {
     assert_eq!(stage.settle(&leased, Settlement::Ack).await, Settled::LeaseLost);
 }
 
-#[tokio::test]
-async fn without_a_place_a_message_waits_and_those_after_it_too() {
-    let stage = stores::sqlite().await;
+pub(crate) async fn without_a_place_a_message_waits_and_those_after_it_too(stage: Stage) {
     let queue = stage.queue("letters").await;
     let hands = Hands::with(1).open(&stage, &queue);
     for body in ["first", "second"] {
@@ -108,9 +103,7 @@ async fn without_a_place_a_message_waits_and_those_after_it_too() {
     assert_eq!(hands.bodies(), ["first", "fourth"]);
 }
 
-#[tokio::test]
-async fn what_is_not_due_too_late_or_of_another_queue_is_not_handed_over() {
-    let stage = stores::sqlite().await;
+pub(crate) async fn what_is_not_due_too_late_or_of_another_queue_is_not_handed_over(stage: Stage) {
     let (queue, other) = (stage.queue("letters").await, stage.queue("parcels").await);
     let hands = Hands::with(9).open(&stage, &queue);
     let mut later = message(&queue, "later");
@@ -125,9 +118,7 @@ async fn what_is_not_due_too_late_or_of_another_queue_is_not_handed_over() {
     assert_eq!(stage.state(late).await, Some(State::Expired));
 }
 
-#[tokio::test]
-async fn what_is_refused_gives_its_places_back() {
-    let stage = stores::sqlite().await;
+pub(crate) async fn what_is_refused_gives_its_places_back(stage: Stage) {
     let queue = stage.queue_with("letters", |settings| settings.max_messages = Some(2)).await;
     let hands = Hands::with(9).open(&stage, &queue);
     let mut three = together((0..3).map(|_| message(&queue, "x")).collect());
@@ -142,9 +133,7 @@ async fn what_is_refused_gives_its_places_back() {
     assert_eq!((hands.bodies(), hands.places()), (vec!["known".into(), "new".into()], 7));
 }
 
-#[tokio::test]
-async fn what_nobody_takes_any_more_is_ready_at_once() {
-    let stage = stores::sqlite().await;
+pub(crate) async fn what_nobody_takes_any_more_is_ready_at_once(stage: Stage) {
     let queue = stage.queue("letters").await;
     let gone = Hands { gone: true, ..Hands::with(1) }.open(&stage, &queue);
     let id = stage.send_to(&queue, "hello").await;
@@ -154,9 +143,7 @@ async fn what_nobody_takes_any_more_is_ready_at_once() {
     stage.claim_one(&queue).await;
 }
 
-#[tokio::test]
-async fn a_lease_that_was_handed_over_runs_out_like_any_other() {
-    let stage = stores::sqlite().await;
+pub(crate) async fn a_lease_that_was_handed_over_runs_out_like_any_other(stage: Stage) {
     let queue = stage.queue("letters").await;
     let hands = Hands { lease: SHORT, ..Hands::with(1) }.open(&stage, &queue);
     let id = stage.send_to(&queue, "hello").await;
@@ -169,9 +156,7 @@ async fn a_lease_that_was_handed_over_runs_out_like_any_other() {
     stage.must_settle(&again, Settlement::Ack).await;
 }
 
-#[tokio::test]
-async fn who_closes_takes_no_more_and_another_is_left_alone() {
-    let stage = stores::sqlite().await;
+pub(crate) async fn who_closes_takes_no_more_and_another_is_left_alone(stage: Stage) {
     let queue = stage.queue("letters").await;
     let first = Hands::with(9).open(&stage, &queue);
     let second = Hands::with(9).open(&stage, &queue);

@@ -196,14 +196,31 @@ macro_rules! conformance {
     };
 }
 
+/// The promises of stores that hand over what they have just committed.
+macro_rules! handover {
+    ($stage:path) => {
+        keeps!($stage; handover:
+            a_message_is_handed_over_as_if_it_had_been_claimed,
+            without_a_place_a_message_waits_and_those_after_it_too,
+            what_is_not_due_too_late_or_of_another_queue_is_not_handed_over,
+            what_is_refused_gives_its_places_back,
+            what_nobody_takes_any_more_is_ready_at_once,
+            a_lease_that_was_handed_over_runs_out_like_any_other,
+            who_closes_takes_no_more_and_another_is_left_alone,
+        );
+    };
+}
+
 mod memory {
     conformance!(crate::support::stores::memory);
 }
 
 mod sqlite {
     conformance!(crate::support::stores::sqlite);
+    handover!(crate::support::stores::sqlite);
 }
 
 mod postgres {
     conformance!(crate::support::stores::postgres);
+    handover!(crate::support::stores::postgres);
 }

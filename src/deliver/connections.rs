@@ -1,0 +1,174 @@
+//! Connections to one handler, kept open between deliveries: HTTP/1.1, one exchange at a time on each.
+//!
+//! Ours and not a client library's pool, because a delivery needs so little of one: the pool's own share of
+//! a short exchange was a third (docs/decisions/0008-http-client.md).
+
+use std::collections::VecDeque;
+use std::error::Error as StdError;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::{Request, Response, Uri};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use hyper::client::conn::http1::{self, SendRequest};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::connect::HttpConnector;
+use tower::{BoxError, ServiceExt};
+
+/// How connections to handlers are made: without a proxy, and with TLS where the URL says https.
+#[derive(Debug, Clone)]
+pub struct Connector(HttpsConnector<HttpConnector>);
+
+/// Makes a connector that trusts the machine's certificate authorities, or Mozilla's where it has none.
+pub fn connector() -> Connector {
+    let mut tcp = HttpConnector::new();
+    tcp.set_nodelay(true);
+    tcp.enforce_http(false);
+    tcp.set_connect_timeout(Some(CONNECT_TIMEOUT));
+    let provider = rustls::crypto::ring::default_provider();
+    let tls = HttpsConnectorBuilder::new().with_provider_and_native_roots(provider.clone());
+    let tls = tls.unwrap_or_else(|_| {
+        let ours = HttpsConnectorBuilder::new().with_provider_and_webpki_roots(provider);
+        ours.expect("ring knows TLS 1.2 and 1.3")
+    });
+    Connector(tls.https_or_http().enable_http1().wrap_connector(tcp))
+}
+
+/// The connections to one handler.
+#[derive(Debug)]
+pub(super) struct Connections {
+    connector: Connector,
+    to: Uri,
+    unused: Mutex<Unused>,
+}
+
+#[derive(Debug, Default)]
+struct Unused {
+    /// The one that was used last stands last, and is taken first.
+    connections: VecDeque<(Sender, Instant)>,
+    /// Whether a task is closing those that are not used for long.
+    is_swept: bool,
+}
+
+type Sender = SendRequest<Full<Bytes>>;
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub(super) enum NoAnswer {
+    /// No connection could be made.
+    Connect(BoxError),
+    /// The connection broke, or what came was no HTTP.
+    Exchange(hyper::Error),
+}
+
+/// A connection on which an answer has begun. Dropped, it is closed.
+#[derive(Debug)]
+pub(super) struct Used {
+    sender: Sender,
+    of: Arc<Connections>,
+}
+
+impl Connections {
+    /// No connection yet; the URI says where they go.
+    pub(super) fn new(connector: Connector, to: Uri) -> Arc<Self> {
+        Arc::new(Self { connector, to, unused: Mutex::default() })
+    }
+
+    /// Sends a request, and waits for the head of its answer.
+    ///
+    /// Tried again only where a connection that was kept turns out to be closed before a byte of the request
+    /// was written, which no handler can see.
+    pub(super) async fn send(
+        self: &Arc<Self>,
+        mut request: Request<Full<Bytes>>,
+    ) -> Result<(Response<Incoming>, Used), NoAnswer> {
+        while let Some(mut kept) = self.take() {
+            if kept.ready().await.is_err() {
+                continue;
+            }
+            match kept.try_send_request(request).await {
+                Ok(response) => return Ok((response, self.used(kept))),
+                Err(mut error) => match error.take_message() {
+                    Some(unsent) => request = unsent,
+                    None => return Err(NoAnswer::Exchange(error.into_error())),
+                },
+            }
+        }
+        let mut new = self.connect().await?;
+        let response = new.send_request(request).await.map_err(NoAnswer::Exchange)?;
+        Ok((response, self.used(new)))
+    }
+
+    async fn connect(&self) -> Result<Sender, NoAnswer> {
+        let connect = self.connector.0.clone().oneshot(self.to.clone());
+        let stream = connect.await.map_err(NoAnswer::Connect)?;
+        let shaken = http1::Builder::new().max_buf_size(HEAD_MAX).handshake(stream).await;
+        let (sender, connection) = shaken.map_err(NoAnswer::Exchange)?;
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                // Whoever had an exchange on it hears of it there.
+                tracing::debug!(error = &error as &dyn StdError, "a connection to a handler ended");
+            }
+        });
+        Ok(sender)
+    }
+
+    fn used(self: &Arc<Self>, sender: Sender) -> Used {
+        Used { sender, of: Arc::clone(self) }
+    }
+
+    fn take(&self) -> Option<Sender> {
+        let mut unused = self.unused();
+        while let Some((sender, _)) = unused.connections.pop_back() {
+            if !sender.is_closed() {
+                return Some(sender);
+            }
+        }
+        None
+    }
+
+    fn unused(&self) -> MutexGuard<'_, Unused> {
+        self.unused.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Used {
+    /// Keeps the connection for the next request. For one whose answer was read whole.
+    pub(super) fn keep(self) {
+        let Self { sender, of } = self;
+        let mut unused = of.unused();
+        if unused.connections.len() < UNUSED_MAX && !sender.is_closed() {
+            unused.connections.push_back((sender, Instant::now()));
+        }
+        if !std::mem::replace(&mut unused.is_swept, true) {
+            tokio::spawn(sweep(Arc::clone(&of)));
+        }
+    }
+}
+
+/// Closes what was not used for long, until nothing is left.
+async fn sweep(of: Arc<Connections>) {
+    loop {
+        tokio::time::sleep(UNUSED_FOR_MAX / 4).await;
+        let mut unused = of.unused();
+        let stale = |(sender, since): &(Sender, Instant)| {
+            sender.is_closed() || since.elapsed() > UNUSED_FOR_MAX
+        };
+        unused.connections.retain(|kept| !stale(kept));
+        if unused.connections.is_empty() {
+            unused.is_swept = false;
+            return;
+        }
+    }
+}
+
+/// How long a connection may take; the whole exchange has the queue's timeout.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long an unused connection is kept: less than common servers keep theirs.
+const UNUSED_FOR_MAX: Duration = Duration::from_secs(30);
+/// How many unused connections are kept to one handler.
+const UNUSED_MAX: usize = 1024;
+/// The most bytes in the head of an answer.
+const HEAD_MAX: usize = 64 * 1024;
