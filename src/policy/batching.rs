@@ -5,17 +5,33 @@ use std::time::Duration;
 /// The most messages one claim takes.
 pub const LEASE_BATCH_MAX: usize = 1000;
 
+/// What was seen of a queue's messages lately.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Usual {
+    /// How long a delivery takes.
+    pub delivery: Duration,
+    /// How many bytes of payload a message has.
+    pub size: u64,
+}
+
 /// How many messages to hold beyond the open slots, so that the next delivery need not wait for a claim.
 ///
 /// As many as will be started within 100 ms at the pace of the last deliveries, so that a slow
-/// handler holds nothing that another replica could be delivering; at most as many as two claims take.
-pub fn prefetch(limit: u32, usual_delivery: Option<Duration>) -> usize {
-    let Some(usual) = usual_delivery else { return 0 };
-    let rounds = HORIZON.as_secs_f64() / usual.as_secs_f64().max(1e-4);
+/// handler holds nothing that another replica could be delivering; at most as many as two claims take, and
+/// about 16 MiB of payload. None before anything was seen.
+pub fn prefetch(limit: u32, usual: Option<Usual>) -> usize {
+    let Some(usual) = usual else { return 0 };
+    let rounds = HORIZON.as_secs_f64() / usual.delivery.as_secs_f64().max(1e-4);
+    if rounds < 1.0 {
+        return 0;
+    }
     let ahead = f64::from(limit) * rounds;
-    if rounds < 1.0 { 0 } else { (ahead as usize).min(2 * LEASE_BATCH_MAX) }
+    let fitting = AHEAD_BYTES_MAX / usual.size.max(1);
+    (ahead as usize).min(2 * LEASE_BATCH_MAX).min(usize::try_from(fitting).unwrap_or(usize::MAX))
 }
 
+/// How many bytes of payload are held ahead, as far as messages are as large as they usually are.
+const AHEAD_BYTES_MAX: u64 = 16 << 20;
 /// How far ahead messages are held.
 const HORIZON: Duration = Duration::from_millis(100);
 
@@ -23,17 +39,29 @@ const HORIZON: Duration = Duration::from_millis(100);
 mod tests {
     use super::*;
 
+    fn usual(delivery: Duration) -> Option<Usual> {
+        Some(Usual { delivery, size: 256 })
+    }
+
     #[test]
     fn a_fast_handler_has_the_next_messages_at_hand() {
-        assert_eq!(prefetch(16, Some(Duration::from_millis(20))), 80);
-        assert_eq!(prefetch(16, Some(Duration::ZERO)), 2 * LEASE_BATCH_MAX);
-        assert_eq!(prefetch(10_000, Some(Duration::ZERO)), 2 * LEASE_BATCH_MAX);
+        assert_eq!(prefetch(16, usual(Duration::from_millis(20))), 80);
+        assert_eq!(prefetch(16, usual(Duration::ZERO)), 2 * LEASE_BATCH_MAX);
+        assert_eq!(prefetch(10_000, usual(Duration::ZERO)), 2 * LEASE_BATCH_MAX);
     }
 
     #[test]
     fn a_slow_or_unknown_handler_holds_nothing_ahead() {
-        assert_eq!(prefetch(16, Some(Duration::from_secs(1))), 0);
+        assert_eq!(prefetch(16, usual(Duration::from_secs(1))), 0);
         assert_eq!(prefetch(16, None), 0);
-        assert_eq!(prefetch(0, Some(Duration::from_millis(1))), 0);
+        assert_eq!(prefetch(0, usual(Duration::from_millis(1))), 0);
+    }
+
+    #[test]
+    fn large_messages_are_held_by_their_bytes() {
+        let large = |size| Some(Usual { delivery: Duration::ZERO, size });
+        assert_eq!(prefetch(16, large(1 << 20)), 16);
+        assert_eq!(prefetch(16, large(1 << 30)), 0);
+        assert_eq!(prefetch(16, large(0)), 2 * LEASE_BATCH_MAX);
     }
 }

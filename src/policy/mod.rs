@@ -5,5 +5,5 @@ mod batching;
 mod recovery;
 
 pub use backoff::wait;
-pub use batching::{LEASE_BATCH_MAX, prefetch};
+pub use batching::{LEASE_BATCH_MAX, Usual, prefetch};
 pub use recovery::{Decision, after_failure, after_verdict};

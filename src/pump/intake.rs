@@ -8,7 +8,7 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
 use crate::model::{Leased, ReplicaName};
-use crate::policy;
+use crate::policy::{self, Usual};
 use crate::store::{self, Claim, Taker};
 
 use super::QueuePump;
@@ -95,7 +95,10 @@ impl QueuePump {
     fn wanted(&self) -> usize {
         let usual = match self.usual.load(Ordering::Relaxed) {
             0 => None,
-            micros => Some(Duration::from_micros(micros)),
+            micros => Some(Usual {
+                delivery: Duration::from_micros(micros),
+                size: self.usual_size.load(Ordering::Relaxed),
+            }),
         };
         let ceiling = self.ceiling.limit();
         let ahead = policy::prefetch(self.gate.limit().min(ceiling), usual);

@@ -215,6 +215,7 @@ impl House {
             late: AtomicBool::new(false),
             settling: Semaphore::new(SETTLEMENTS_WAITING_MAX),
             usual: AtomicU64::new(0),
+            usual_size: AtomicU64::new(0),
         };
         pumps.insert(queue.name.clone(), Arc::new(pump));
     }

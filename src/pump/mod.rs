@@ -64,6 +64,8 @@ struct QueuePump {
     settling: Semaphore,
     /// What a delivery usually takes, in microseconds; 0 for not known.
     usual: AtomicU64,
+    /// How many bytes of payload a message usually has.
+    usual_size: AtomicU64,
 }
 
 /// What may change while a queue runs.
@@ -88,6 +90,7 @@ impl QueuePump {
         let (hand_over, mut leased) = mpsc::unbounded_channel();
         round.tasks.spawn(Arc::clone(&self).take_in(Arc::clone(&round), hand_over));
         while let Some(next) = leased.recv().await {
+            learn(&self.usual_size, next.message.body.len() as u64);
             let setup = self.setup();
             let slots = self.enter_in_time(&next, &setup, &round).await;
             if self.held.fetch_sub(1, Ordering::Relaxed) == 1 {
@@ -125,7 +128,8 @@ impl QueuePump {
         let was_cut = matches!(&outcome, Err(failure) if failure.kind == ErrorKind::Cancelled);
         let decision = self.judge(&leased, &setup, started.0, &outcome);
         let record = self.record(&leased, started, &decision.settlement, &outcome);
-        self.learn(started.0.elapsed());
+        let took = u64::try_from(started.0.elapsed().as_micros()).unwrap_or(u64::MAX);
+        learn(&self.usual, took.max(1));
         let Leased { lease, message, .. } = leased;
         drop(message);
         // The handler is done with it: the next one may start while this one is being written, as long as
@@ -229,14 +233,6 @@ impl QueuePump {
         }
     }
 
-    /// Remembers what a delivery usually takes: the mean, in which the last eight weigh most.
-    fn learn(&self, took: Duration) {
-        let took = u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1);
-        let before = self.usual.load(Ordering::Relaxed);
-        let mean = if before == 0 { took } else { before - before / 8 + took / 8 };
-        self.usual.store(mean.max(1), Ordering::Relaxed);
-    }
-
     fn setup(&self) -> Arc<Setup> {
         Arc::clone(&self.setup.read().unwrap_or_else(PoisonError::into_inner))
     }
@@ -244,6 +240,13 @@ impl QueuePump {
     fn rounds(&self) -> std::sync::MutexGuard<'_, Vec<Arc<Round>>> {
         self.rounds.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// Remembers what is usual: the mean, in which the last eight weigh most; 0 is for nothing seen yet.
+fn learn(usual: &AtomicU64, seen: u64) {
+    let before = usual.load(Ordering::Relaxed);
+    let mean = if before == 0 { seen } else { (before - before / 8).saturating_add(seen / 8) };
+    usual.store(mean, Ordering::Relaxed);
 }
 
 /// How many deliveries of a queue may wait to be settled before no more are started.

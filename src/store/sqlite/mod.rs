@@ -71,7 +71,6 @@ impl Sqlite {
         let handover = Arc::new(Handover::default());
         let desk = Desk::new(opened, clock.clone(), news.clone(), handover.clone());
         let writer = Writer::start(desk.await.map_err(of_one)?);
-        let writer = writer.map_err(|error| Error::Unavailable(error.into()))?;
         Ok(Self { writer, readers, clock, news, handover })
     }
 

@@ -69,8 +69,8 @@ type Errand = Box<
 >;
 
 impl Writer {
-    /// Starts the task, on a thread of its own. **Fails** where the system has no more threads.
-    pub(super) fn start(desk: Desk) -> std::io::Result<Self> {
+    /// Starts the task.
+    pub(super) fn start(desk: Desk) -> Self {
         let (urgent, urgent_waiting) = mpsc::channel(CALLS_WAITING_MAX);
         let (enqueues, enqueues_waiting) = mpsc::channel(CALLS_WAITING_MAX);
         let stop = CancellationToken::new();
@@ -81,15 +81,9 @@ impl Writer {
             stop: stop.clone(),
             put_back: None,
         };
-        let write = tasks.track_future(write_until_stopped(desk, inbox));
+        tasks.spawn(write_until_stopped(desk, inbox));
         tasks.close();
-        // A thread of its own: each statement ends with a wait for a turn, and a runtime that is busy with
-        // requests and deliveries gives turns late to whom another thread has woken.
-        let turns = tokio::runtime::Builder::new_current_thread().build()?;
-        std::thread::Builder::new()
-            .name("pumphouse-writer".to_owned())
-            .spawn(move || turns.block_on(write))?;
-        Ok(Self { urgent, enqueues, _stop_on_drop: stop.clone().drop_guard(), stop, tasks })
+        Self { urgent, enqueues, _stop_on_drop: stop.clone().drop_guard(), stop, tasks }
     }
 
     pub(super) async fn enqueue(&self, enqueue: Enqueue) -> Result<EnqueueOutcome> {

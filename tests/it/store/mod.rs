@@ -23,6 +23,7 @@ mod cluster;
 mod plans_sqlite;
 mod one_file;
 mod handover;
+mod counts;
 mod plans_postgres;
 mod replicas;
 mod adversity;

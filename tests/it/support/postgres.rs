@@ -95,6 +95,11 @@ impl Cluster {
         Self { programs, dir, port, settings, _alive: alive }
     }
 
+    /// What the server has said so far.
+    pub(crate) fn log(&self) -> String {
+        log(&self.dir)
+    }
+
     fn data(&self) -> PathBuf {
         self.dir.join("data")
     }
