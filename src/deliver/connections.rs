@@ -1,7 +1,7 @@
 //! Connections to one handler, kept open between deliveries: HTTP/1.1, one exchange at a time on each.
 //!
-//! Ours and not a client library's pool, because a delivery needs so little of one: the pool's own share of
-//! a short exchange was a third (docs/decisions/0008-http-client.md).
+//! Ours and not a client library's pool, because a delivery needs so little of one; what was measured stands
+//! in docs/decisions/0008-http-client.md.
 
 use std::collections::VecDeque;
 use std::error::Error as StdError;
@@ -15,11 +15,16 @@ use hyper::body::Incoming;
 use hyper::client::conn::http1::{self, SendRequest};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
 use hyper_util::client::legacy::connect::HttpConnector;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower::{BoxError, ServiceExt};
 
 /// How connections to handlers are made: without a proxy, and with TLS where the URL says https.
 #[derive(Debug, Clone)]
-pub struct Connector(HttpsConnector<HttpConnector>);
+pub struct Connector {
+    https: HttpsConnector<HttpConnector>,
+    /// How many more unused connections may be kept, to all handlers together.
+    keeping: Arc<Semaphore>,
+}
 
 /// Makes a connector that trusts the machine's certificate authorities, or Mozilla's where it has none.
 pub fn connector() -> Connector {
@@ -33,7 +38,10 @@ pub fn connector() -> Connector {
         let ours = HttpsConnectorBuilder::new().with_provider_and_webpki_roots(provider);
         ours.expect("ring knows TLS 1.2 and 1.3")
     });
-    Connector(tls.https_or_http().enable_http1().wrap_connector(tcp))
+    Connector {
+        https: tls.https_or_http().enable_http1().wrap_connector(tcp),
+        keeping: Arc::new(Semaphore::new(UNUSED_MAX)),
+    }
 }
 
 /// The connections to one handler.
@@ -47,9 +55,22 @@ pub(super) struct Connections {
 #[derive(Debug, Default)]
 struct Unused {
     /// The one that was used last stands last, and is taken first.
-    connections: VecDeque<(Sender, Instant)>,
+    connections: VecDeque<Kept>,
     /// Whether a task is closing those that are not used for long.
     is_swept: bool,
+}
+
+#[derive(Debug)]
+struct Kept {
+    sender: Sender,
+    since: Instant,
+    _permit: OwnedSemaphorePermit,
+}
+
+impl Kept {
+    fn is_good(&self) -> bool {
+        !self.sender.is_closed() && self.since.elapsed() < UNUSED_FOR_MAX
+    }
 }
 
 type Sender = SendRequest<Full<Bytes>>;
@@ -102,10 +123,11 @@ impl Connections {
     }
 
     async fn connect(&self) -> Result<Sender, NoAnswer> {
-        let connect = self.connector.0.clone().oneshot(self.to.clone());
+        let connect = self.connector.https.clone().oneshot(self.to.clone());
         let stream = connect.await.map_err(NoAnswer::Connect)?;
         let shaken = http1::Builder::new().max_buf_size(HEAD_MAX).handshake(stream).await;
         let (sender, connection) = shaken.map_err(NoAnswer::Exchange)?;
+        #[expect(clippy::disallowed_methods, reason = "it ends with its connection")]
         tokio::spawn(async move {
             if let Err(error) = connection.await {
                 // Whoever had an exchange on it hears of it there.
@@ -121,9 +143,9 @@ impl Connections {
 
     fn take(&self) -> Option<Sender> {
         let mut unused = self.unused();
-        while let Some((sender, _)) = unused.connections.pop_back() {
-            if !sender.is_closed() {
-                return Some(sender);
+        while let Some(kept) = unused.connections.pop_back() {
+            if kept.is_good() {
+                return Some(kept.sender);
             }
         }
         None
@@ -138,11 +160,11 @@ impl Used {
     /// Keeps the connection for the next request. For one whose answer was read whole.
     pub(super) fn keep(self) {
         let Self { sender, of } = self;
+        let Ok(permit) = Arc::clone(&of.connector.keeping).try_acquire_owned() else { return };
         let mut unused = of.unused();
-        if unused.connections.len() < UNUSED_MAX && !sender.is_closed() {
-            unused.connections.push_back((sender, Instant::now()));
-        }
+        unused.connections.push_back(Kept { sender, since: Instant::now(), _permit: permit });
         if !std::mem::replace(&mut unused.is_swept, true) {
+            #[expect(clippy::disallowed_methods, reason = "it ends soon after the last use")]
             tokio::spawn(sweep(Arc::clone(&of)));
         }
     }
@@ -153,10 +175,7 @@ async fn sweep(of: Arc<Connections>) {
     loop {
         tokio::time::sleep(UNUSED_FOR_MAX / 4).await;
         let mut unused = of.unused();
-        let stale = |(sender, since): &(Sender, Instant)| {
-            sender.is_closed() || since.elapsed() > UNUSED_FOR_MAX
-        };
-        unused.connections.retain(|kept| !stale(kept));
+        unused.connections.retain(Kept::is_good);
         if unused.connections.is_empty() {
             unused.is_swept = false;
             return;
@@ -166,9 +185,10 @@ async fn sweep(of: Arc<Connections>) {
 
 /// How long a connection may take; the whole exchange has the queue's timeout.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long an unused connection is kept: less than common servers keep theirs.
-const UNUSED_FOR_MAX: Duration = Duration::from_secs(30);
-/// How many unused connections are kept to one handler.
-const UNUSED_MAX: usize = 1024;
+/// How long an unused connection is kept: less than common servers keep theirs, which is 5 seconds for many; a
+/// request that crosses its end would be a failed delivery.
+const UNUSED_FOR_MAX: Duration = Duration::from_secs(4);
+/// How many unused connections are kept by one process.
+const UNUSED_MAX: usize = 512;
 /// The most bytes in the head of an answer.
 const HEAD_MAX: usize = 64 * 1024;

@@ -6,7 +6,9 @@ use jiff::Timestamp;
 
 use super::{Head, Message, MessageId, NewMessage, Tries};
 
-/// A random 63-bit number that fences a lease: it changes at every claim and is never guessed or reused.
+/// A number that fences a lease: it changes at every claim and is never reused. It is made of 62 random bits, one
+/// such number for each claim, and the message's own number; so it cannot be guessed, but by whoever knows the
+/// token of another message of the same claim.
 ///
 /// Random, and not the attempt's number: a number could come again after a crash of the database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]

@@ -11,8 +11,8 @@ use crate::model::{Leased, ReplicaName};
 use crate::policy::{self, Usual};
 use crate::store::{self, Claim, Taker};
 
-use super::QueuePump;
 use super::round::{Mode, Round};
+use super::{Held, QueuePump};
 
 impl QueuePump {
     /// Leases as long as the round is open, and hands over what it leased.
@@ -21,8 +21,9 @@ impl QueuePump {
     pub(super) async fn take_in(
         self: Arc<Self>,
         round: Arc<Round>,
-        hand_over: mpsc::UnboundedSender<Leased>,
+        hand_over: mpsc::UnboundedSender<Held>,
     ) {
+        self.late.store(false, Ordering::Relaxed);
         let _door = BackDoor::open(&self, &round, &hand_over);
         let mut news = self.store.news().of_queue(&self.queue);
         let mut pause = PAUSE_MIN;
@@ -49,8 +50,11 @@ impl QueuePump {
                 Ok(leased) => {
                     pause = PAUSE_MIN;
                     for next in leased {
-                        // The loop on the other side reads until this side is gone.
-                        let _ = hand_over.send(next);
+                        // The loop on the other side reads until this side is gone, or the round is cut.
+                        if let Err(refused) = hand_over.send(Held::now(next)) {
+                            let back = Arc::clone(&self).give_back(refused.0.leased, round.clone());
+                            round.tasks.spawn(back);
+                        }
                     }
                 }
                 Err(error) => {
@@ -126,7 +130,7 @@ impl BackDoor {
     fn open(
         pump: &Arc<QueuePump>,
         round: &Round,
-        hand_over: &mpsc::UnboundedSender<Leased>,
+        hand_over: &mpsc::UnboundedSender<Held>,
     ) -> Option<Self> {
         if round.mode != Mode::All {
             return None;
@@ -152,7 +156,7 @@ impl Drop for BackDoor {
 struct Reserved {
     pump: Arc<QueuePump>,
     closed: CancellationToken,
-    hand_over: mpsc::UnboundedSender<Leased>,
+    hand_over: mpsc::UnboundedSender<Held>,
 }
 
 impl Taker for Reserved {
@@ -179,9 +183,9 @@ impl Taker for Reserved {
     }
 
     fn take(&self, leased: Leased) -> Result<(), Box<Leased>> {
-        self.hand_over.send(leased).map_err(|refused| {
+        self.hand_over.send(Held::now(leased)).map_err(|refused| {
             self.give_back();
-            Box::new(refused.0)
+            Box::new(refused.0.leased)
         })
     }
 }

@@ -89,10 +89,10 @@ impl QueuePump {
         #[expect(clippy::disallowed_methods, reason = "what is in it is `held`, which has a bound")]
         let (hand_over, mut leased) = mpsc::unbounded_channel();
         round.tasks.spawn(Arc::clone(&self).take_in(Arc::clone(&round), hand_over));
-        while let Some(next) = leased.recv().await {
+        while let Some(Held { leased: next, since }) = next(&mut leased, &round).await {
             learn(&self.usual_size, next.message.body.len() as u64);
             let setup = self.setup();
-            let slots = self.enter_in_time(&next, &setup, &round).await;
+            let slots = self.enter_in_time(&next, since, &setup, &round).await;
             if self.held.fetch_sub(1, Ordering::Relaxed) == 1 {
                 self.gate.nudge(); // the intake waits for this, or for much more
             }
@@ -103,9 +103,11 @@ impl QueuePump {
                 }
                 // Not started: stopped meanwhile, held for too long, or too little of the lease is left.
                 _ => {
-                    self.late.store(!round.closed.is_cancelled(), Ordering::Relaxed);
-                    // What was usual no longer is: hold nothing ahead until deliveries say otherwise.
-                    self.usual.store(HELD_MAX.as_micros() as u64, Ordering::Relaxed);
+                    if !round.closed.is_cancelled() {
+                        self.late.store(true, Ordering::Relaxed);
+                        // What was usual no longer is: hold nothing ahead until deliveries say otherwise.
+                        self.usual.store(HELD_MAX.as_micros() as u64, Ordering::Relaxed);
+                    }
                     round.tasks.spawn(Arc::clone(&self).give_back(next, Arc::clone(&round)));
                     self.gate.nudge();
                 }
@@ -150,25 +152,33 @@ impl QueuePump {
         }
     }
 
-    /// Waits for a place behind both gates, at most [`HELD_MAX`] from the lease on, and as long as enough of
-    /// the lease is left for the delivery to end and be settled before it.
-    async fn enter_in_time(&self, next: &Leased, setup: &Setup, round: &Round) -> Option<Slots> {
+    /// Waits for a place behind both gates, as long as enough of the lease is left for the delivery to end and
+    /// be settled before it; before the queue's own gate at most until it was held for [`HELD_MAX`], unless
+    /// nobody else may have it.
+    async fn enter_in_time(
+        &self,
+        next: &Leased,
+        since: Instant,
+        setup: &Setup,
+        round: &Round,
+    ) -> Option<Slots> {
         let (lease, timeout) = (setup.settings.lease(), setup.settings.timeout());
         let needed = timeout + (lease.saturating_sub(timeout) / 2).min(SETTLE_TIME);
-        let needed = needed.max(lease.saturating_sub(HELD_MAX));
         let patience = || next.lease.left(Instant::now()).checked_sub(needed);
-        let entered = tokio::time::timeout(patience()?, self.enter());
-        let slots = round.closed.run_until_cancelled(entered).await?.ok()?;
+        let held = HELD_MAX.saturating_sub(since.elapsed());
+        let held = if round.mode == Mode::UrgentOnly { patience()? } else { held };
+        let entered = tokio::time::timeout(patience()?, self.enter(held));
+        let slots = round.closed.run_until_cancelled(entered).await?.ok()??;
         // Looked at again: a process that stood still finds both the place and the end of its patience.
         patience().map(|_| slots)
     }
 
     /// The queue's own gate first, so that a queue that is full waits without holding a place that
-    /// another queue could use.
-    async fn enter(&self) -> Slots {
-        let queue = self.gate.enter().await;
+    /// another queue could use. Waits there for at most `patience`; looks at least once.
+    async fn enter(&self, patience: Duration) -> Option<Slots> {
+        let queue = tokio::time::timeout(patience, self.gate.enter()).await.ok()?;
         let ceiling = self.ceiling.enter().await;
-        Slots { _queue: queue, _ceiling: ceiling }
+        Some(Slots { _queue: queue, _ceiling: ceiling })
     }
 
     async fn deliver(
@@ -251,7 +261,31 @@ fn learn(usual: &AtomicU64, seen: u64) {
 
 /// How many deliveries of a queue may wait to be settled before no more are started.
 const SETTLEMENTS_WAITING_MAX: usize = 1024;
-/// How long a message is held without being started; then another replica may have it.
+/// A message on its way from the intake to the loop.
+#[derive(Debug)]
+struct Held {
+    leased: Leased,
+    /// When it came to this process.
+    since: Instant,
+}
+
+impl Held {
+    fn now(leased: Leased) -> Self {
+        Self { leased, since: Instant::now() }
+    }
+}
+
+/// The next message that is held; `None` once there will be none. Once the round is cut, only what is there:
+/// whoever has a place for one then hears that nobody takes it, and gives it back.
+async fn next(leased: &mut mpsc::UnboundedReceiver<Held>, round: &Round) -> Option<Held> {
+    if let Some(next) = round.cut.run_until_cancelled(leased.recv()).await {
+        return next;
+    }
+    leased.close();
+    leased.recv().await
+}
+
+/// How long a message waits before its queue's gate; then another replica may have it.
 const HELD_MAX: Duration = Duration::from_secs(1);
 /// What is kept of a lease for settling, at most.
 const SETTLE_TIME: Duration = Duration::from_millis(500);

@@ -258,9 +258,10 @@ pub enum Refusal {
     KeyReused,
 }
 
-/// How many bytes of payload one claim reads at most, beyond those of its first message: it then takes
-/// fewer messages than it may.
-pub(crate) const CLAIM_BYTES_MAX: usize = 16 << 20;
+/// How many bytes of payload one claim reads from a database: where there are more, it takes fewer messages
+/// than it may, and always one.
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+const CLAIM_BYTES_MAX: usize = 16 << 20;
 
 /// A wish for messages.
 #[derive(Debug, Clone)]

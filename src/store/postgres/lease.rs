@@ -9,7 +9,7 @@ use sqlx::{PgConnection, Row, query};
 use crate::model::{Lease, Leased, Message, MessageId, QueueName, Token};
 use crate::telemetry::metrics;
 
-use super::super::{Claim, Result};
+use super::super::{CLAIM_BYTES_MAX, Claim, Result};
 use super::Postgres;
 use super::fault::Trouble;
 use super::news::Word;
@@ -78,15 +78,29 @@ with clock as (
 taken as (
     delete from ready
     where ctid = any(array(
-        select ready.ctid
-        from ready
-        where ready.queue_id = (select id from queue where name = $1)
-            and (ready.expires_at is null or ready.expires_at > (select now from clock))",
+        select sized.tid
+        from (
+            select first.tid, sum(message.size) over (rows unbounded preceding) as bytes,
+                row_number() over () as place
+            from (
+                select ready.ctid as tid, ready.seq
+                from ready
+                where ready.queue_id = (select id from queue where name = $1)
+                    and (ready.expires_at is null or ready.expires_at > (select now from clock))",
             $which,
             "
-        order by ready.queue_id, ready.rank, ready.due_at, ready.seq
-        limit $2
-        for update skip locked
+                order by ready.queue_id, ready.rank, ready.due_at, ready.seq
+                limit $2
+                for update skip locked
+            ) as first
+            left join lateral (
+                select size
+                from message
+                where message.seq = first.seq
+                limit 1
+            ) as message on true
+        ) as sized
+        where sized.bytes <= $7 or sized.place = 1
     ))
     returning ready.seq
 ),
@@ -179,6 +193,7 @@ async fn claim_once(store: &Postgres, claim: Claim) -> Result<Claimed> {
                 .bind(incarnation)
                 .bind(rows::span(claim.duration))
                 .bind(claim.replica.as_str())
+                .bind(CLAIM_BYTES_MAX as i64)
                 .fetch_all(connection)
                 .await?;
             read(rows, &claim.queue, until)

@@ -69,10 +69,14 @@ async fn settle_and_send(
     pumps: &Pumps,
     care: Care,
 ) -> Committed<Settled> {
-    let mut transaction = connection.begin().await?;
+    let mut transaction = connection.begin().await.map_err(Trouble::unbegun)?;
     let (settled, mut word) = write(&mut transaction, calls, &rounds(calls)).await?;
     let valid = calls.iter().zip(&settled).filter(|(_, settled)| **settled != Settled::LeaseLost);
     let sent = valid.flat_map(|(call, _)| sent(call)).collect::<Vec<_>>();
+    if sent.is_empty() {
+        transaction.commit().await?;
+        return Ok(Done { answers: settled, word, handed: Vec::new() });
+    }
     let facts = Facts::find(&mut transaction, &sent, &[], care).await?;
     let mut plan = Plan::new(facts, pumps);
     for (place, message) in sent.into_iter().enumerate() {
@@ -250,8 +254,9 @@ pub(super) const STATEMENTS: &[&str] = &[ACK, SETTLE];
 const OTHERS_MAX: usize = 100;
 
 /// Which calls, by their places, one statement takes: acks, or some that are no acks, each lease once. In the
-/// order of the messages' numbers, so that two transactions never wait for each other; and of several
-/// settlements with one token the first, because only one can be written.
+/// order of the messages' numbers, so that two statements never wait for each other (two transactions of
+/// several might, about the same leases; then one of them is tried again); and of several settlements with
+/// one token the first, because only one can be written.
 fn rounds(calls: &[&Settle]) -> Vec<Vec<usize>> {
     let (mut acks, mut others) = (BTreeMap::<i64, usize>::new(), BTreeMap::new());
     let mut again = Vec::new();

@@ -15,7 +15,7 @@ use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::model::Leased;
+use crate::model::{Lease, Leased};
 use crate::telemetry::metrics;
 
 use super::super::{Error, Handover, Place, Result};
@@ -166,10 +166,11 @@ impl<B: Batch> Clerk<B> {
     async fn settle(&mut self, batch: Vec<Waiting<B>>) {
         let calls = batch.iter().map(|waiting| &waiting.call).collect::<Vec<_>>();
         match self.commit(&calls).await {
-            Ok(answers) => {
+            Ok((answers, left)) => {
                 for (waiting, answer) in batch.into_iter().zip(answers) {
                     waiting.answer(Ok(answer));
                 }
+                self.give_back(left).await;
             }
             Err(trouble) => self.find_the_culprit(batch, trouble).await,
         }
@@ -189,12 +190,23 @@ impl<B: Batch> Clerk<B> {
                 Some(trouble) => Err(trouble),
                 None => self.commit(&[&waiting.call]).await,
             };
-            let answer = done.map(|mut answers| answers.pop().expect("each call is answered"));
-            waiting.answer(answer.map_err(Error::from));
+            let (answer, left) = match done {
+                Ok((mut answers, left)) => {
+                    (Ok(answers.pop().expect("each call is answered")), left)
+                }
+                Err(trouble) => (Err(Error::from(trouble)), Vec::new()),
+            };
+            waiting.answer(answer);
+            self.give_back(left).await;
         }
     }
 
-    async fn commit(&mut self, calls: &[&B::Call]) -> Result<Vec<B::Answer>, Trouble> {
+    /// Does these calls, and hands over what was stored as leased; returns the answers, and what nobody takes
+    /// any more.
+    async fn commit(
+        &mut self,
+        calls: &[&B::Call],
+    ) -> Result<(Vec<B::Answer>, Vec<Lease>), Trouble> {
         let started = Instant::now();
         let mut tries = 1;
         let Done { answers, word, handed } = loop {
@@ -209,16 +221,13 @@ impl<B: Batch> Clerk<B> {
         self.herald.tell(word);
         metrics::commit_seconds(B::NAME).record(started.elapsed());
         metrics::batch_size(B::NAME).record(calls.len() as f64);
-        self.hand_over(handed).await;
-        Ok(answers)
-    }
-
-    /// Hands over what was stored as leased. What nobody takes any more is given back, so that it need not
-    /// wait for the end of a lease that nobody has.
-    async fn hand_over(&mut self, handed: Vec<(Place, Leased)>) {
         let hand = |(place, leased): (Place, Leased)| place.hand(leased).err();
         let left = handed.into_iter().filter_map(hand).map(|leased| leased.lease);
-        let left = left.collect::<Vec<_>>();
+        Ok((answers, left.collect()))
+    }
+
+    /// Gives back what nobody takes any more, so that it need not wait for the end of a lease that nobody has.
+    async fn give_back(&mut self, left: Vec<Lease>) {
         if left.is_empty() {
             return;
         }

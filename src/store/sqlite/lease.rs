@@ -120,7 +120,7 @@ macro_rules! mark_leased {
     () => {
         "\
 update message
-set state = 2, urgent = 0, attempts = attempts + 1, token = ?2 + seq, leased_at = ?3, lease_until = ?4,
+set state = 2, urgent = 0, attempts = min(attempts + 1, 4294967295), token = ?2 + seq, leased_at = ?3, lease_until = ?4,
     incarnation = ?5, replica = ?6
 where seq in (select value from json_each(?1))"
     };
@@ -283,8 +283,7 @@ impl Contents {
         })
     }
 
-    /// The content of this message; they are asked for in the order in which they were listed. The payload
-    /// shares its bytes with those of the others.
+    /// The content of this message; they are asked for in the order in which they were listed.
     fn next(&mut self, seq: i64) -> sqlx::Result<Content> {
         let lengths = self.lengths.next_if(|lengths| lengths.seq == seq);
         let lengths = lengths.ok_or_else(|| unreadable("its content is gone"))?;
@@ -300,11 +299,12 @@ impl Contents {
     }
 }
 
+/// A copy, so that one message that is handled slowly does not keep the bytes of all others.
 fn cut(from: &mut Bytes, length: usize) -> sqlx::Result<Bytes> {
     if length > from.len() {
         return Err(unreadable("the contents are shorter than what was listed"));
     }
-    Ok(from.split_to(length))
+    Ok(Bytes::copy_from_slice(&from.split_to(length)))
 }
 
 // Lives on: the primary key of message. Leaves message_leased for message_dead. The attempt was none.

@@ -119,7 +119,7 @@ fn options(path: &Path) -> SqliteConnectOptions {
         .synchronous(SqliteSynchronous::Full)
         // A commit may walk it whole (whenever pages of an index changed places in it), so that a larger one
         // costs more than the reads it saves, which the system has in its own cache.
-        .pragma("cache_size", "-16384")
+        .pragma("cache_size", "-8192")
         // Everybody waits while the log is copied back: often and short rather than seldom and long.
         .pragma("wal_autocheckpoint", "500")
         .pragma("journal_size_limit", "134217728")

@@ -155,6 +155,27 @@ async fn a_server_that_stops_and_starts_again_loses_nothing_that_was_acknowledge
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_broke_since_it_was_used_costs_nobody_an_error() {
+    let url = fresh_database().await;
+    let stage = on_postgres(&url).await;
+    let queue = stage.queue("letters").await;
+    let mut other = PgConnection::connect(&url).await.unwrap();
+    for _ in 0..5 {
+        // Both connections that take messages in have just been used.
+        join_all((0..9).map(|_| stage.send_to(&queue, "before"))).await;
+        other
+            .execute(
+                "select pg_terminate_backend(pid) from pg_stat_activity \
+                 where datname = current_database() and application_name = 'pumphouse'",
+            )
+            .await
+            .unwrap();
+        stage.send_to(&queue, "after").await;
+    }
+    assert_eq!(on_postgres(&url).await.depth(&queue).await.ready, 50);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn counts_are_those_of_the_rows_whatever_happens() {
     let url = fresh_database().await;
     let stage = on_postgres(&url).await;

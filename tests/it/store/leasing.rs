@@ -234,3 +234,46 @@ pub(crate) async fn renewing_says_for_each_lease_whether_it_holds(stage: Stage) 
     assert_eq!(stage.store.renew(Vec::new(), LONG).await.unwrap(), [false; 0]);
     assert_eq!(stage.store.reap(ALL).await.unwrap().len(), 1, "what ran out stays run out");
 }
+
+pub(crate) async fn contents_of_all_kinds_are_claimed_together_and_kept_apart(stage: Stage) {
+    let queue = stage.queue("letters").await;
+    let mut sent = Vec::new();
+    for (kind, correlation_id, body) in [
+        (Some("order.paid"), None, &b"plain"[..]),
+        (None, Some("talk"), b""),
+        (Some(""), Some(""), b"\xff\xfe\x00 no text \x00"),
+        (None, None, "\u{e4}\u{20ac}\u{1f600}".as_bytes()),
+        (Some("\u{e4}\u{20ac}"), Some("\u{1f600}"), b"\x00"),
+    ] {
+        let mut message = message(&queue, "");
+        message.kind = kind.map(ToOwned::to_owned);
+        message.correlation_id = correlation_id.map(ToOwned::to_owned);
+        message.details.headers = vec![("x-body".to_owned(), format!("{body:?}"))];
+        message.body = body.into();
+        sent.push(message);
+    }
+    stage.send_all(sent.clone()).await;
+    let claimed = stage.claim(&queue, ALL).await;
+    assert_eq!(claimed.len(), sent.len());
+    for (claimed, sent) in claimed.iter().zip(&sent) {
+        let head = &claimed.message.head;
+        assert_eq!((claimed.lease.id, &claimed.message.body), (sent.id, &sent.body));
+        assert_eq!((&head.kind, &head.correlation_id), (&sent.kind, &sent.correlation_id));
+        assert_eq!(head.details, sent.details);
+    }
+}
+
+pub(crate) async fn a_claim_reads_no_more_bytes_than_are_good_for_it(stage: Stage) {
+    let queue = stage.queue("parcels").await;
+    for size in [17 << 20, 9 << 20, 6 << 20, 6 << 20] {
+        let mut large = message(&queue, "");
+        large.body = vec![b'x'; size].into();
+        stage.send(large).await;
+    }
+    let mut taken = Vec::new();
+    for _ in 0..3 {
+        taken.push(stage.claim(&queue, ALL).await.len());
+    }
+    // One that is larger than all bytes there are, then what fits, then the rest.
+    assert_eq!(taken, [1, 2, 1]);
+}

@@ -96,6 +96,7 @@ macro_rules! conformance {
             a_released_message_keeps_its_place,
             a_claim_takes_no_more_than_it_asks_for,
             a_claim_takes_from_its_own_queue,
+            contents_of_all_kinds_are_claimed_together_and_kept_apart,
             what_is_due_later_is_not_leased,
             what_has_expired_is_passed_over,
             a_leased_message_is_nobody_elses,
@@ -119,6 +120,7 @@ macro_rules! conformance {
             of_two_records_of_one_attempt_the_first_counts,
             a_delivery_that_never_started_leaves_no_record,
             a_second_settlement_changes_nothing,
+            settlements_of_all_kinds_at_once_are_each_done,
             an_old_token_changes_nothing_and_sends_nothing,
             a_forged_token_changes_nothing,
             a_lease_that_has_run_out_settles_nothing,
@@ -197,8 +199,9 @@ macro_rules! conformance {
     };
 }
 
-/// The promises of stores that hand over what they have just committed.
-macro_rules! handover {
+/// The promises of stores that are databases: what has just been committed is handed over, and a claim reads it in
+/// portions.
+macro_rules! database {
     ($stage:path) => {
         keeps!($stage; handover:
             a_message_is_handed_over_as_if_it_had_been_claimed,
@@ -209,6 +212,9 @@ macro_rules! handover {
             a_lease_that_was_handed_over_runs_out_like_any_other,
             who_closes_takes_no_more_and_another_is_left_alone,
         );
+        keeps!($stage; leasing:
+            a_claim_reads_no_more_bytes_than_are_good_for_it,
+        );
     };
 }
 
@@ -218,10 +224,14 @@ mod memory {
 
 mod sqlite {
     conformance!(crate::support::stores::sqlite);
-    handover!(crate::support::stores::sqlite);
+    mod as_database {
+        database!(crate::support::stores::sqlite);
+    }
 }
 
 mod postgres {
     conformance!(crate::support::stores::postgres);
-    handover!(crate::support::stores::postgres);
+    mod as_database {
+        database!(crate::support::stores::postgres);
+    }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::future::join_all;
 use pumphouse::model::{DeliveryRecord, ErrorKind, NewMessage, Outcome, Settlement, State, Tries};
 use pumphouse::store::{Error, Settle, Settled};
 use tokio::sync::Barrier;
@@ -320,4 +321,38 @@ fn every_settlement() -> [Settlement; 6] {
         discard("a reason"),
         Settlement::Release,
     ]
+}
+
+pub(crate) async fn settlements_of_all_kinds_at_once_are_each_done(stage: Stage) {
+    const MANY: usize = 250;
+    let queue = stage.queue("letters").await;
+    stage.send_all((0..MANY).map(|n| message(&queue, &n.to_string())).collect()).await;
+    let leased = stage.claim(&queue, ALL).await;
+    let mut stale = leased[0].clone();
+    stale.lease.token.0 += 1;
+    let retry = Settlement::Retry { after: Duration::ZERO };
+    let by_place = |place: usize| match place % 5 {
+        0 => Settlement::Ack,
+        1 => dead_letter("a test"),
+        2 => Settlement::Release,
+        _ => retry.clone(),
+    };
+    let wanted = leased.iter().enumerate();
+    let settles = wanted.map(|(place, one)| settle(one, by_place(place), Vec::new()));
+    // The same message with a token that is not its own, before its turn and after it.
+    let ghost = || settle(&stale, retry.clone(), Vec::new());
+    let all = [ghost()].into_iter().chain(settles).chain([ghost()]).collect::<Vec<_>>();
+    let settled = join_all(all.into_iter().map(|one| stage.store.settle(one))).await;
+    for (place, settled) in settled.iter().enumerate() {
+        let is_ghost = place == 0 || place == MANY + 1;
+        match settled {
+            Ok(Settled::LeaseLost) if is_ghost => (),
+            Ok(Settled::Done { .. }) if !is_ghost => (),
+            other => panic!("settlement {place}: {other:?}"),
+        }
+    }
+    let depth = stage.depth(&queue).await;
+    assert_eq!((depth.dead, depth.ready, depth.leased), (50, 150, 0));
+    let failures = stage.claim(&queue, ALL).await.iter().map(|one| one.tries.failures).sum::<u32>();
+    assert_eq!(failures, 100, "a retry is a failure, and a release is none");
 }
