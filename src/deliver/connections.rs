@@ -192,3 +192,45 @@ const UNUSED_FOR_MAX: Duration = Duration::from_secs(4);
 const UNUSED_MAX: usize = 512;
 /// The most bytes in the head of an answer.
 const HEAD_MAX: usize = 64 * 1024;
+
+#[cfg(test)]
+mod tests {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_connection_that_its_handler_has_closed_costs_no_delivery() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let host = listener.local_addr().unwrap().to_string();
+        // Promises to keep each connection, and closes it after one answer.
+        let serve = async {
+            for _ in 0..2 {
+                let (mut socket, _) = listener.accept().await.unwrap();
+                let mut seen = Vec::new();
+                while !seen.ends_with(b"\r\n\r\n") {
+                    seen.push(socket.read_u8().await.unwrap());
+                }
+                socket.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+            }
+        };
+        let connections = Connections::new(connector(), format!("http://{host}/").parse().unwrap());
+        let send = async {
+            for _ in 0..2 {
+                let request = Request::get("/").header("host", &host);
+                let request = request.body(Full::default()).unwrap();
+                let (response, used) = connections.send(request).await.unwrap();
+                assert_eq!(response.status(), 200);
+                used.keep();
+                let is_open =
+                    || connections.unused().connections.iter().any(|kept| !kept.sender.is_closed());
+                while is_open() {
+                    tokio::task::yield_now().await;
+                }
+            }
+        };
+        let both = async { tokio::join!(serve, send) };
+        tokio::time::timeout(Duration::from_secs(20), both).await.expect("both are answered");
+    }
+}

@@ -17,6 +17,8 @@
 
 mod counting;
 mod handover;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod place;
 mod news;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod columns;
@@ -42,11 +44,11 @@ use crate::model::{
 
 use counting::count_enqueued;
 
-#[cfg(any(feature = "sqlite", feature = "postgres"))]
-use handover::Place;
 pub use handover::{Handover, Taker};
 pub use memory::Memory;
 pub use news::News;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+use place::{NewLease, Place};
 #[cfg(feature = "postgres")]
 pub use postgres::Postgres;
 #[cfg(feature = "sqlite")]

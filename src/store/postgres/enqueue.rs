@@ -4,15 +4,13 @@
 //! write ([`Plan`]), and writes it with few statements. So a refusal undoes a part of the plan, and
 //! never a row; keys are the exception.
 
-use std::time::Instant;
-
 use futures::future::BoxFuture;
 use sqlx::{Connection, PgConnection, query};
 
-use crate::model::{Idempotency, Lease, Leased, NewMessage, QueueName, ReplicaName, Token};
+use crate::model::{Idempotency, Leased, NewMessage, QueueName, ReplicaName};
 
 use super::super::{
-    Enqueue, EnqueueOutcome, Enqueued, Place, Receipt, Refusal, count_enqueued, refusals,
+    Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Receipt, Refusal, count_enqueued, refusals,
 };
 use super::facts::{Care, Facts, Key, KeyName, Known};
 use super::fault::Trouble;
@@ -120,16 +118,6 @@ struct NewRow<'a> {
     expires_at: Option<i64>,
     /// With which it is stored, because somebody has a place for it. Its sender is told `ready` all the same.
     lease: Option<NewLease>,
-}
-
-#[derive(Debug)]
-struct NewLease {
-    place: Place,
-    replica: ReplicaName,
-    incarnation: i64,
-    chance: i64,
-    /// By the clock of the database and by that of this process.
-    until: (i64, Instant),
 }
 
 /// What was written of a plan.
@@ -301,12 +289,10 @@ impl<'a> Plan<'a> {
 impl NewRow<'_> {
     /// What goes to the place that was kept for it, if there was one.
     fn handed(self, now: i64) -> Option<(Place, Leased)> {
-        let NewLease { place, chance, until, .. } = self.lease?;
-        let (seq, id, token) = (self.seq, self.message.id, Token(chance + self.seq));
-        let lease = Lease { seq, id, token, until: until.1 };
+        let lease = self.lease?;
         let now = rows::moment(now).unwrap_or_default();
         let expires_at = self.expires_at.and_then(|at| rows::moment(at).ok());
-        Some((place, Leased::from_new(self.message, lease, now, expires_at)))
+        Some(lease.handed(self.seq, self.message, now, expires_at))
     }
 }
 
@@ -314,14 +300,8 @@ impl Pumps {
     /// A lease for a pump of this process that has room for one more message of the queue.
     fn lease(&self, queue: &QueueName, facts: &Facts) -> Option<NewLease> {
         let place = Place::keep(&self.handover, queue)?;
-        let (replica, duration) = place.terms();
-        Some(NewLease {
-            place,
-            incarnation: self.incarnations.of(&replica),
-            replica,
-            chance: facts.chance,
-            until: (rows::after(facts.now, duration), facts.asked + duration),
-        })
+        let incarnation = |replica: &ReplicaName| self.incarnations.of(replica);
+        Some(NewLease::new(place, incarnation, facts.chance, (facts.now, facts.asked)))
     }
 }
 

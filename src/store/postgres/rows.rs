@@ -8,7 +8,7 @@ use crate::model::{Details, Head, MessageId, QueueName, Record, State, Tries};
 use super::super::columns::{self, nearest_moment, nearest_priority, unreadable};
 
 pub(super) use super::super::columns::{
-    after, chance, elapsed, maybe_moment, micros, moment, queue_name, resolve, span, waiting_state,
+    chance, elapsed, maybe_moment, micros, moment, queue_name, resolve, span, waiting_state,
 };
 
 /// Reads a message's name.

@@ -5,13 +5,14 @@
 //! part of the plan, and never a row.
 
 use std::collections::HashMap;
-use std::time::Instant;
 
 use sqlx::{Row, query};
 
-use crate::model::{Idempotency, Lease, Leased, MessageId, NewMessage, ReplicaName, State, Token};
+use crate::model::{Idempotency, Leased, MessageId, NewMessage, State};
 
-use super::super::{Enqueue, EnqueueOutcome, Enqueued, Place, Receipt, Refusal, Result, refusals};
+use super::super::{
+    Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Receipt, Refusal, Result, refusals,
+};
 use super::desk::{Desk, Held, Queue};
 use super::fault::{of_one, unreadable};
 use super::rows::{self, Insert, Rows, Statement};
@@ -95,17 +96,6 @@ struct NewRow<'a> {
     receipt: Receipt,
     /// With which it is stored, because somebody has a place for it. Its sender is told `ready` all the same.
     lease: Option<NewLease>,
-}
-
-#[derive(Debug)]
-struct NewLease {
-    place: Place,
-    replica: ReplicaName,
-    incarnation: i64,
-    chance: i64,
-    leased_at: i64,
-    /// By the clock of the database and by that of this process.
-    until: (i64, Instant),
 }
 
 #[derive(Debug)]
@@ -292,15 +282,8 @@ fn lease(desk: &mut Desk, queue: &Queue, state: State) -> Option<NewLease> {
         return None;
     }
     let place = Place::keep(&desk.handover, &queue.name)?;
-    let (replica, duration) = place.terms();
-    Some(NewLease {
-        place,
-        replica,
-        incarnation: desk.incarnation,
-        chance: desk.chance().ok()?,
-        leased_at: desk.now,
-        until: (rows::after(desk.now, duration), desk.began + duration),
-    })
+    let chance = desk.chance().ok()?;
+    Some(NewLease::new(place, |_| desk.incarnation, chance, (desk.now, desk.began)))
 }
 
 impl NewRow<'_> {
@@ -308,29 +291,21 @@ impl NewRow<'_> {
         if self.lease.is_some() { State::Leased } else { self.receipt.state }
     }
 
-    fn token(&self) -> Option<Token> {
-        self.lease.as_ref().map(|lease| Token(lease.chance + self.seq))
-    }
-
     /// What goes to the place that was kept for it, if there was one.
     fn handed(self, desk: &mut Desk) -> Option<(Place, Leased)> {
-        let token = self.token()?;
-        let NewLease { place, leased_at, until, .. } = self.lease?;
+        let lease = self.lease?;
         let message = self.message;
         let held = Held {
             id: message.id,
             queue_id: self.queue_id,
-            token,
+            token: lease.token(self.seq),
             enqueued_at: self.enqueued_at,
             due_at: self.due_at,
-            until: until.0,
+            until: lease.until.0,
         };
         desk.leases.insert(self.seq, held);
-        let lease = Lease { seq: self.seq, id: message.id, token, until: until.1 };
         let expires_at = self.expires_at.and_then(|at| rows::moment(at).ok());
-        let now = rows::moment(leased_at).unwrap_or_default();
-        let leased = Leased::from_new(message, lease, now, expires_at);
-        Some((place, leased))
+        Some(lease.handed(self.seq, message, self.receipt.enqueued_at, expires_at))
     }
 
     fn bind_message(statement: Statement, row: &Self) -> Statement {
@@ -343,8 +318,8 @@ impl NewRow<'_> {
             .bind(-i64::from(row.message.priority))
             .bind(row.due_at)
             .bind(i64::from(lease.is_some()))
-            .bind(row.token().map_or(0, |token| token.0))
-            .bind(lease.map_or(0, |lease| lease.leased_at))
+            .bind(lease.map_or(0, |lease| lease.token(row.seq).0))
+            .bind(lease.map_or(0, |_| row.enqueued_at))
             .bind(lease.map_or(0, |lease| lease.until.0))
             .bind(lease.map_or(0, |lease| lease.incarnation))
             .bind(lease.map(|lease| lease.replica.as_str().to_owned()))

@@ -133,7 +133,7 @@ fn for_all(path: &Path) -> SqliteConnectOptions {
         .pragma("temp_store", "memory")
         // The writer has an insert for every number of rows that is usual in a transaction.
         .statement_cache_capacity(512)
-        // A claim's rows come in one go, and not in portions for which two threads wait for each other.
+        // Lists come in one go, and not in portions for which two threads wait for each other.
         .row_buffer_size(1024)
         // A log line for each statement would cost as much as the statement.
         .disable_statement_logging()
