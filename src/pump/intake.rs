@@ -52,6 +52,8 @@ impl QueuePump {
                     for next in leased {
                         // The loop on the other side reads until this side is gone, or the round is cut.
                         if let Err(refused) = hand_over.send(Held::now(next)) {
+                            self.held.fetch_sub(1, Ordering::Relaxed);
+                            self.gate.nudge();
                             let back = Arc::clone(&self).give_back(refused.0.leased, round.clone());
                             round.tasks.spawn(back);
                         }

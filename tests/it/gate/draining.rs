@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use futures::future::join;
 use serde_json::{Value, json};
+use sqlx::{Connection, Executor, PgConnection};
 
 use crate::support::client::{number, text};
 use crate::support::process::Database;
@@ -132,6 +133,41 @@ async fn the_whole_pump_drains_and_aborts(database: Database) {
     scene.client.post_nothing("/admin/v1/pump/start").await;
     eventually("all are completed", async || states(&scene, "completed").await == 10).await;
     scene.receiver.wait_for("/other", 2).await;
+}
+
+#[tokio::test]
+async fn a_claim_that_comes_back_after_an_abort_takes_nobodys_room() {
+    let scene = Scene::on(Database::postgres().await).await;
+    scene.queue_with("q", json!({"concurrency": {"limit": 3}})).await;
+    scene.client.stop_queue("q", &json!({})).await;
+    for number in 0..10 {
+        scene.client.send("q", number.to_string()).await;
+    }
+    let (mut other, mut onlooker) = (connect(&scene).await, connect(&scene).await);
+    let mut transaction = other.begin().await.expect("a transaction begins");
+    let lock = "lock table pumphouse.content in access exclusive mode"; // which only claims read
+    transaction.execute(lock).await.expect("it is locked");
+    scene.client.start_queue("q").await;
+    let waits = "select exists (select 1 from pg_stat_activity where datname = current_database()
+                 and wait_event_type = 'Lock' and query like '%delete from ready%')";
+    eventually("a claim waits", async || {
+        sqlx::query_scalar(waits).fetch_one(&mut onlooker).await.expect("the server answers")
+    })
+    .await;
+    let abort = json!({"mode": "abort"});
+    let let_go = async {
+        the_queue_is_stopping(&scene).await;
+        pass(Duration::from_millis(200)).await; // for the cut, which follows the close at once
+        transaction.commit().await.expect("the lock is released");
+    };
+    join(scene.client.stop_queue("q", &abort), let_go).await;
+    assert_eq!(states(&scene, "ready").await, 10);
+    scene.client.start_queue("q").await;
+    eventually("all are completed", async || states(&scene, "completed").await == 10).await;
+}
+
+async fn connect(scene: &Scene) -> PgConnection {
+    PgConnection::connect(&scene.database.url()).await.expect("the database takes connections")
 }
 
 /// Ten messages, a limit of three, and a handler that holds the first three.
