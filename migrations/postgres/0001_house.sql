@@ -41,8 +41,9 @@ create table pump (
 );
 
 -- What changes in a message's life, kept narrow. The state is 0 as long as the message can be delivered,
--- and one of those that end it after that. No index is over what changes, so that a change stays on its
--- page. The rank is the priority with its sign turned, so that the order of lease is ascending.
+-- and one of those that end it after that. No index is over what changes, and each page is filled to less
+-- than a half, so that there is room for the change of every message on it: a change that stays on its page
+-- touches no index. The rank is the priority with its sign turned, so that the order of lease is ascending.
 create sequence message_seq;
 
 create table message (
@@ -61,7 +62,7 @@ create table message (
     state smallint not null,
     reason text
 ) with (
-    fillfactor = 80,
+    fillfactor = 45,
     autovacuum_vacuum_scale_factor = 0.05,
     autovacuum_vacuum_cost_delay = 0
 );
@@ -267,6 +268,98 @@ create trigger arrivals after insert on dead
 create trigger departures after delete on dead
     referencing old table as departed
     for each statement execute procedure note_departures(5);
+
+-- Takes messages in that carry no key and are due now, all of them, or none and answers null where one of the
+-- queues has a limit or is not there. The arrays from `places` on have an entry for each message: where the
+-- name of its queue stands in `names`, and what is stored of it; those from `spans` on say for how long, by
+-- whom and by which start it is leased if it is the first of its queue, and are null where nobody has a place.
+-- Answers the time, the messages' numbers, and for each name whether messages were ready that come before
+-- new ones: then none of that queue is leased.
+--
+-- The names are locked in a statement of their own, because each statement of a function sees what was
+-- committed before it began: a queue that was deleted while we waited is gone for the next.
+create function take_in(
+    lock_class integer,
+    names text[],
+    places integer[],
+    ids uuid[],
+    ranks smallint[],
+    lifetimes bigint[],
+    sizes bigint[],
+    kinds text[],
+    correlation_ids text[],
+    all_details text[],
+    bodies bytea[],
+    chance bigint,
+    spans bigint[],
+    incarnations bigint[],
+    replicas text[],
+    out taken_at bigint,
+    out seqs bigint[],
+    out waiting boolean[]
+)
+    language plpgsql volatile
+    as $$
+    #variable_conflict use_column
+    declare
+        queue_ids integer[];
+        leases integer;
+    begin
+        perform pg_advisory_xact_lock_shared(lock_class, hashtext(name))
+        from unnest(names) as name;
+
+        select array_agg(found.id order by place), array_agg(found.waits order by place)
+        into queue_ids, waiting
+        from unnest(names) with ordinality as given (name, place)
+        cross join lateral (
+            select id, exists (select 1 from ready where ready.queue_id = queue.id) as waits
+            from queue
+            where queue.name = given.name
+                and queue.max_messages is null
+            limit 1
+        ) as found;
+        if cardinality(queue_ids) is distinct from cardinality(names) then
+            return;
+        end if;
+
+        taken_at := now_micros();
+        seqs := array(select nextval('message_seq') from generate_series(1, cardinality(ids)));
+
+        insert into message (
+            seq, id, queue_id, state, rank, due_at, attempts, failures, crashes, enqueued_at, expires_at, size
+        )
+        select seq, id, queue_ids[place], 0, rank, taken_at, 0, 0, 0, taken_at, taken_at + lifetime, size
+        from unnest(seqs, ids, places, ranks, lifetimes, sizes)
+            as given (seq, id, place, rank, lifetime, size);
+
+        insert into content (seq, deliver_at, kind, correlation_id, details, body)
+        select seq, taken_at, kind, correlation_id, details, body
+        from unnest(seqs, kinds, correlation_ids, all_details, bodies)
+            as given (seq, kind, correlation_id, details, body);
+
+        -- A table that is left out saves the call of its triggers.
+        leases := (
+            select count(span)
+            from unnest(places, spans) as given (place, span)
+            where not waiting[place]
+        );
+        if leases > 0 then
+            insert into lease (seq, token, incarnation, leased_at, until, queue_id, attempt, replica)
+            select seq, chance + seq, incarnation, taken_at, taken_at + span, queue_ids[place], 1, replica
+            from unnest(seqs, places, spans, incarnations, replicas)
+                as given (seq, place, span, incarnation, replica)
+            where span is not null
+                and not waiting[place];
+        end if;
+        if leases < cardinality(ids) then
+            insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
+            select queue_ids[place], rank, taken_at, seq, taken_at + lifetime, false
+            from unnest(seqs, places, ranks, lifetimes, spans)
+                as given (seq, place, rank, lifetime, span)
+            where span is null
+                or waiting[place];
+        end if;
+    end $$;
 
 insert into pump (id, state, ceiling, revision, checked_at)
 values (1, '{"state":"running"}', 1024, 1, 0);

@@ -12,6 +12,7 @@ use crate::model::{Idempotency, Leased, NewMessage, QueueName, ReplicaName};
 use super::super::{
     Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Receipt, Refusal, count_enqueued, refusals,
 };
+use super::at_once;
 use super::facts::{Care, Facts, Key, KeyName, Known};
 use super::fault::Trouble;
 use super::news::Word;
@@ -36,7 +37,7 @@ impl Batch for Enqueues {
         pumps: &'c Pumps,
     ) -> BoxFuture<'c, Committed<EnqueueOutcome>> {
         Box::pin(async move {
-            match enqueue(connection, calls, pumps, Care::Usual).await {
+            match enqueue_as_usual(connection, calls, pumps).await {
                 // Rare enough that looking for it beforehand is not worth a statement.
                 Err(trouble) if trouble.is_known_name() => {
                     enqueue(connection, calls, pumps, Care::Names).await
@@ -49,6 +50,19 @@ impl Batch for Enqueues {
 
 /// What a message weighs besides its body.
 const ROW_WEIGHT: usize = 500;
+
+async fn enqueue_as_usual(
+    connection: &mut PgConnection,
+    calls: &[&Enqueue],
+    pumps: &Pumps,
+) -> Committed<EnqueueOutcome> {
+    if at_once::suits(calls)
+        && let Some(done) = at_once::take_in(connection, calls, pumps).await?
+    {
+        return Ok(done);
+    }
+    enqueue(connection, calls, pumps, Care::Usual).await
+}
 
 async fn enqueue(
     connection: &mut PgConnection,

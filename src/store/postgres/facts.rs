@@ -211,10 +211,7 @@ impl Facts {
         connection: &mut PgConnection,
         messages: &[&NewMessage],
     ) -> sqlx::Result<Self> {
-        let mut names = messages.iter().map(|message| message.queue.as_str()).collect::<Vec<_>>();
-        // In one order everywhere, so that nobody waits for each other.
-        names.sort_unstable();
-        names.dedup();
+        let names = sorted_names(messages);
         query(ENTER).bind(LOCK_NAMES).bind(&names).execute(&mut *connection).await?;
         let count = i32::try_from(messages.len()).unwrap_or(i32::MAX);
         let asked = Instant::now();
@@ -348,6 +345,15 @@ impl Facts {
         let answer = queue.filter(|_| seq != 0).map(|(name, _)| receipt(row, name.clone()));
         Ok(Known { fingerprint: bytes(row.try_get("fingerprint")?)?, answer: answer.transpose()? })
     }
+}
+
+/// The names of the messages' queues, each once, in one order everywhere, so that nobody who locks them waits
+/// for each other.
+pub(super) fn sorted_names<'a>(messages: &[&'a NewMessage]) -> Vec<&'a str> {
+    let mut names = messages.iter().map(|message| message.queue.as_str()).collect::<Vec<_>>();
+    names.sort_unstable();
+    names.dedup();
+    names
 }
 
 fn queue(row: &PgRow) -> sqlx::Result<Option<(QueueName, Queue)>> {

@@ -45,6 +45,18 @@ impl Trouble {
         Self::Unbegun(Arc::new(error))
     }
 
+    /// Of a statement that is a transaction by itself and may be tried twice: a connection that broke is like one
+    /// on which nothing had begun.
+    pub(super) fn of_one_try(error: sqlx::Error) -> Self {
+        let trouble = Self::from(error);
+        match trouble {
+            Self::Driver(error) if matches!(fault(&error), Error::Unavailable(_)) => {
+                Self::Unbegun(error)
+            }
+            other => other,
+        }
+    }
+
     /// Whether the same transaction is likely to succeed at once: nothing of it was written, and what
     /// was in its way was another transaction, or a connection that had broken before.
     pub(super) fn is_worth_another_try(&self) -> bool {

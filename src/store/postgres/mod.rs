@@ -19,6 +19,7 @@ mod lease;
 mod settle;
 mod upkeep;
 mod sweep;
+mod at_once;
 mod attend;
 mod listing;
 mod surgery;
@@ -123,6 +124,7 @@ impl Postgres {
         let all = [
             open::STATEMENTS,
             enqueue::STATEMENTS,
+            at_once::STATEMENTS,
             facts::STATEMENTS,
             lease::STATEMENTS,
             settle::STATEMENTS,

@@ -130,6 +130,10 @@ impl Server {
         // Reading a small table whole counts as very expensive now, which must not make it be compiled.
         let options =
             if self.version >= 110_000 { options.options([("jit", "off")]) } else { options };
+        // Left to itself, the server plans most statements again at each call, which takes longer than to execute
+        // them for a few messages.
+        let generic = [("plan_cache_mode", "force_generic_plan")];
+        let options = if self.version >= 120_000 { options.options(generic) } else { options };
         let relaxed = options.clone().options([("synchronous_commit", "off")]);
         // What the administrator chose stands, unless it would break what we promise.
         let broken = self.synchronous_commit == "off";

@@ -155,24 +155,24 @@ async fn a_message_costs_postgres_few_statements_and_bytes() {
     server.count().await;
     one_by_one(&stage, &queue).await;
     let (statements, bytes) = server.count().await;
-    at_most("alone, statements", SINGLE, statements, 7.1);
-    at_most("alone, bytes of log", SINGLE, bytes, 3000.0);
+    at_most("alone, statements", SINGLE, statements, 3.1);
+    at_most("alone, bytes of log", SINGLE, bytes, 2700.0);
 
     send_together(&stage, &queue).await;
     let (statements, bytes) = server.count().await;
     assert!(
-        (1..=7).contains(&statements),
+        (1..=4).contains(&statements),
         "what is sent together is one transaction: {statements}"
     );
-    at_most("sent together, bytes of log", TOGETHER, bytes, 1150.0);
+    at_most("sent together, bytes of log", TOGETHER, bytes, 1050.0);
     let leased = stage.claim(&queue, ALL).await;
     let (statements, bytes) = server.count().await;
     assert_eq!(leased.len(), TOGETHER);
     assert!((1..=2).contains(&statements), "a claim is one statement: {statements}");
-    at_most("claimed together, bytes of log", TOGETHER, bytes, 540.0);
+    at_most("claimed together, bytes of log", TOGETHER, bytes, 500.0);
     settle_together(&stage, &leased).await;
     let (statements, bytes) = server.count().await;
     assert!((1..=6).contains(&statements), "settlements share statements: {statements}");
-    at_most("settled together, bytes of log", TOGETHER, bytes, 1120.0);
+    at_most("settled together, bytes of log", TOGETHER, bytes, 720.0);
     stage.store.close().await;
 }

@@ -1,0 +1,188 @@
+//! Taking messages in with a single statement, where nothing about them has to be asked first.
+//!
+//! Most messages carry no key, are due now, and go to a queue without a limit. For them the way of
+//! [`enqueue`](super::enqueue) is four round trips longer than it needs to be: what it would find out and
+//! decide, the function `take_in` of the schema does by itself, and its statement is the transaction.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use sqlx::{PgConnection, Row, query};
+
+use crate::model::{Leased, NewMessage, QueueName, ReplicaName, State, When};
+
+use super::super::{Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Receipt, count_enqueued};
+use super::facts::{LOCK_NAMES, sorted_names};
+use super::fault::Trouble;
+use super::news::Word;
+use super::rows;
+use super::writer::{Done, Pumps};
+
+// Lives on: queue_name_key and the primary key of ready; then, at their ends, the primary keys of message
+// and content, and those of ready and lease.
+const TAKE_IN: &str = "\
+select taken_at, seqs, waiting
+from take_in($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)";
+
+/// The statements of this file.
+pub(super) const STATEMENTS: &[&str] = &[TAKE_IN];
+
+/// What lasts longer goes the way on which no sum can overflow.
+const LIFETIME_MAX: Duration = Duration::from_secs(1 << 36);
+
+/// Whether nothing about these calls has to be asked first, as far as they tell.
+pub(super) fn suits(calls: &[&Enqueue]) -> bool {
+    let lasts = |message: &NewMessage| match message.expires {
+        None => true,
+        Some(When::In(time)) => !time.is_zero() && time < LIFETIME_MAX,
+        Some(When::Now | When::At(_)) => false,
+    };
+    let simple = |message: &NewMessage| {
+        message.keys.is_empty() && message.deliver == When::Now && lasts(message)
+    };
+    calls.iter().all(|call| call.batch.is_none() && call.messages.iter().all(simple))
+}
+
+/// Takes in calls that [`suits`] them; `None` where a queue has a limit or is not there, and nothing was done.
+///
+/// A connection that breaks meanwhile leaves it open whether it was done. It may be tried again all the same:
+/// what was stored is known by its id, which is then in the way.
+pub(super) async fn take_in(
+    connection: &mut PgConnection,
+    calls: &[&Enqueue],
+    pumps: &Pumps,
+) -> Result<Option<Done<EnqueueOutcome>>, Trouble> {
+    let mut lot = Lot::new(calls, pumps)?;
+    let asked = Instant::now();
+    let row = lot.statement(pumps).fetch_one(connection).await.map_err(Trouble::of_one_try)?;
+    let Some(now) = row.try_get::<Option<i64>, _>("taken_at")? else { return Ok(None) };
+    let waiting: Vec<bool> = row.try_get("waiting")?;
+    // What comes after others is in the table, and its place is free again.
+    for (place, queue) in lot.places.iter_mut().zip(&lot.queues) {
+        *place = place.take().filter(|_| !waiting[*queue]);
+    }
+    let answers = answers(calls, now)?;
+    count_enqueued(&answers);
+    let word = Word::of_ready(lot.not_handed().cloned());
+    let handed = lot.handed(row.try_get("seqs")?, pumps, (now, asked))?;
+    Ok(Some(Done { answers, word, handed }))
+}
+
+/// Messages that go in together.
+struct Lot<'a> {
+    messages: Vec<&'a NewMessage>,
+    /// The queues' names, each once, in the order in which they are locked.
+    names: Vec<&'a str>,
+    /// To each message, where its queue's name stands.
+    queues: Vec<usize>,
+    /// To each message, a place with a pump of this process, if there is one.
+    places: Vec<Option<Place>>,
+    /// What the tokens of their leases are made of.
+    chance: i64,
+}
+
+impl<'a> Lot<'a> {
+    fn new(calls: &[&'a Enqueue], pumps: &Pumps) -> sqlx::Result<Self> {
+        let messages = calls.iter().flat_map(|call| &call.messages).collect::<Vec<_>>();
+        let names = sorted_names(&messages);
+        let place_of = |message: &&NewMessage| {
+            names.binary_search(&message.queue.as_str()).expect("every queue's name is there")
+        };
+        let queues = messages.iter().map(place_of).collect::<Vec<_>>();
+        let mut full = HashSet::new();
+        let keep = |(message, queue): (&&NewMessage, &usize)| {
+            if full.contains(queue) {
+                return None;
+            }
+            let place = Place::keep(&pumps.handover, &message.queue);
+            // What is not handed over comes first for those after it.
+            if place.is_none() {
+                full.insert(*queue);
+            }
+            place
+        };
+        let places = messages.iter().zip(&queues).map(keep).collect();
+        Ok(Self { messages, names, queues, places, chance: rows::chance()? })
+    }
+
+    fn statement(&self, pumps: &Pumps) -> Statement<'_> {
+        let messages = || self.messages.iter();
+        let details = messages().map(|message| {
+            serde_json::to_string(&message.details).expect("details are text, which is always JSON")
+        });
+        let terms = self.places.iter().map(|place| place.as_ref().map(Place::terms));
+        let terms: Vec<Option<(ReplicaName, Duration)>> = terms.collect();
+        let replicas = || terms.iter().map(|terms| terms.as_ref().map(|(replica, _)| replica));
+        let incarnation = |replica: &ReplicaName| pumps.incarnations.of(replica);
+        query(TAKE_IN)
+            .bind(LOCK_NAMES)
+            .bind(&self.names)
+            .bind(self.queues.iter().map(|queue| *queue as i32 + 1).collect::<Vec<_>>())
+            .bind(messages().map(|message| message.id.0).collect::<Vec<_>>())
+            .bind(messages().map(|message| -i16::from(message.priority)).collect::<Vec<_>>())
+            .bind(messages().map(|message| lifetime(message).map(rows::span)).collect::<Vec<_>>())
+            .bind(messages().map(|message| message.body.len() as i64).collect::<Vec<_>>())
+            .bind(messages().map(|message| message.kind.as_deref()).collect::<Vec<_>>())
+            .bind(messages().map(|message| message.correlation_id.as_deref()).collect::<Vec<_>>())
+            .bind(details.collect::<Vec<_>>())
+            .bind(messages().map(|message| message.body.as_ref()).collect::<Vec<&[u8]>>())
+            .bind(self.chance)
+            .bind(terms.iter().map(|it| it.as_ref().map(|it| rows::span(it.1))).collect::<Vec<_>>())
+            .bind(replicas().map(|replica| replica.map(incarnation)).collect::<Vec<_>>())
+            .bind(
+                replicas()
+                    .map(|replica| replica.map(|it| it.as_str().to_owned()))
+                    .collect::<Vec<_>>(),
+            )
+    }
+
+    /// The queues of messages that wait in the table.
+    fn not_handed(&self) -> impl Iterator<Item = &QueueName> {
+        let waits = self.messages.iter().zip(&self.places).filter(|(_, place)| place.is_none());
+        waits.map(|(message, _)| &message.queue)
+    }
+
+    /// What goes to its place; `now` is the same moment by the database's clock and, shortly before, by ours.
+    fn handed(
+        self,
+        seqs: Vec<i64>,
+        pumps: &Pumps,
+        now: (i64, Instant),
+    ) -> sqlx::Result<Vec<(Place, Leased)>> {
+        let moment = rows::moment(now.0)?;
+        let mut handed = Vec::new();
+        for ((message, place), seq) in self.messages.into_iter().zip(self.places).zip(seqs) {
+            let Some(place) = place else { continue };
+            let incarnation = |replica: &ReplicaName| pumps.incarnations.of(replica);
+            let lease = NewLease::new(place, incarnation, self.chance, now);
+            let expires_at = message.expires.map(|when| rows::moment(rows::resolve(when, now.0)));
+            handed.push(lease.handed(seq, message, moment, expires_at.transpose()?));
+        }
+        Ok(handed)
+    }
+}
+
+type Statement<'a> = sqlx::query::Query<'a, sqlx::Postgres, sqlx::postgres::PgArguments>;
+
+/// How long after it was taken in a message is worth delivering.
+fn lifetime(message: &NewMessage) -> Option<Duration> {
+    match message.expires? {
+        When::In(time) => Some(time),
+        When::Now | When::At(_) => None,
+    }
+}
+
+fn answers(calls: &[&Enqueue], now: i64) -> sqlx::Result<Vec<EnqueueOutcome>> {
+    let now = rows::moment(now)?;
+    let receipt = |message: &NewMessage| Receipt {
+        id: message.id,
+        queue: message.queue.clone(),
+        state: State::Ready,
+        enqueued_at: now,
+        deliver_at: now,
+    };
+    let answer = |call: &&Enqueue| {
+        EnqueueOutcome::Done(call.messages.iter().map(|it| Enqueued::New(receipt(it))).collect())
+    };
+    Ok(calls.iter().map(answer).collect())
+}
