@@ -272,9 +272,9 @@ create trigger departures after delete on dead
 -- Takes messages in that carry no key and are due now, all of them, or none and answers null where one of the
 -- queues has a limit or is not there. The arrays from `places` on have an entry for each message: where the
 -- name of its queue stands in `names`, and what is stored of it; those from `spans` on say for how long, by
--- whom and by which start it is leased if it is the first of its queue, and are null where nobody has a place.
--- Answers the time, the messages' numbers, and for each name whether messages were ready that come before
--- new ones: then none of that queue is leased.
+-- whom and by which start it is leased, and are null where nobody has a place. Answers the time, the messages'
+-- numbers, and for each name whether messages were ready that come before new ones: then none of that queue is
+-- leased.
 --
 -- The names are locked in a statement of their own, because each statement of a function sees what was
 -- committed before it began: a queue that was deleted while we waited is gone for the next.
@@ -308,16 +308,23 @@ create function take_in(
         perform pg_advisory_xact_lock_shared(lock_class, hashtext(name))
         from unnest(names) as name;
 
-        select array_agg(found.id order by place), array_agg(found.waits order by place)
+        select array_agg(found.id order by place), array_agg(first.seq is not null order by place)
         into queue_ids, waiting
         from unnest(names) with ordinality as given (name, place)
         cross join lateral (
-            select id, exists (select 1 from ready where ready.queue_id = queue.id) as waits
+            select id
             from queue
             where queue.name = given.name
                 and queue.max_messages is null
             limit 1
-        ) as found;
+        ) as found
+        left join lateral (
+            select seq
+            from ready
+            where ready.queue_id = found.id
+            order by queue_id, rank, due_at, seq
+            limit 1
+        ) as first on true;
         if cardinality(queue_ids) is distinct from cardinality(names) then
             return;
         end if;

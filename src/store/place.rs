@@ -12,29 +12,30 @@ use super::{Handover, Taker};
 
 /// A place that is kept for a message until it is handed over; dropped before that, it is given back.
 #[derive(Debug)]
-pub(super) struct Place(Option<Arc<dyn Taker>>);
+pub(super) struct Place {
+    taker: Option<Arc<dyn Taker>>,
+    /// In whose name, and for how long, the message is leased: as it was when the place was kept.
+    pub(super) replica: ReplicaName,
+    pub(super) duration: Duration,
+}
 
 impl Place {
     /// Keeps a place for one message of a queue, if somebody has one.
     pub(super) fn keep(handover: &Handover, queue: &QueueName) -> Option<Self> {
         let taker = handover.taker(queue).filter(|taker| taker.reserve())?;
-        Some(Self(Some(taker)))
-    }
-
-    /// In whose name, and for how long, the message is leased.
-    pub(super) fn terms(&self) -> (ReplicaName, Duration) {
-        self.0.as_ref().expect("a place is used once").terms()
+        let (replica, duration) = taker.terms();
+        Some(Self { taker: Some(taker), replica, duration })
     }
 
     /// Hands a message over that is committed. **Fails** where nobody takes it any more.
     pub(super) fn hand(mut self, leased: Leased) -> Result<(), Box<Leased>> {
-        self.0.take().expect("a place is used once").take(leased)
+        self.taker.take().expect("a place is used once").take(leased)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        if let Some(taker) = self.0.take() {
+        if let Some(taker) = self.taker.take() {
             taker.give_back();
         }
     }
@@ -43,8 +44,7 @@ impl Drop for Place {
 /// A lease with which a new message is stored, because somebody has a place for it.
 #[derive(Debug)]
 pub(super) struct NewLease {
-    place: Place,
-    pub(super) replica: ReplicaName,
+    pub(super) place: Place,
     pub(super) incarnation: i64,
     /// What its token is made of, together with the message's number.
     pub(super) chance: i64,
@@ -60,13 +60,11 @@ impl NewLease {
         chance: i64,
         now: (i64, Instant),
     ) -> Self {
-        let (replica, duration) = place.terms();
         Self {
-            place,
-            incarnation: incarnation(&replica),
-            replica,
+            incarnation: incarnation(&place.replica),
             chance,
-            until: (after(now.0, duration), now.1 + duration),
+            until: (after(now.0, place.duration), now.1 + place.duration),
+            place,
         }
     }
 

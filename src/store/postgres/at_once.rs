@@ -4,7 +4,7 @@
 //! [`enqueue`](super::enqueue) is four round trips longer than it needs to be: what it would find out and
 //! decide, the function `take_in` of the schema does by itself, and its statement is the transaction.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use sqlx::{PgConnection, Row, query};
@@ -27,14 +27,11 @@ from take_in($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)";
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] = &[TAKE_IN];
 
-/// What lasts longer goes the way on which no sum can overflow.
-const LIFETIME_MAX: Duration = Duration::from_secs(1 << 36);
-
 /// Whether nothing about these calls has to be asked first, as far as they tell.
 pub(super) fn suits(calls: &[&Enqueue]) -> bool {
     let lasts = |message: &NewMessage| match message.expires {
         None => true,
-        Some(When::In(time)) => !time.is_zero() && time < LIFETIME_MAX,
+        Some(When::In(time)) => rows::span(time) > 0,
         Some(When::Now | When::At(_)) => false,
     };
     let simple = |message: &NewMessage| {
@@ -43,10 +40,8 @@ pub(super) fn suits(calls: &[&Enqueue]) -> bool {
     calls.iter().all(|call| call.batch.is_none() && call.messages.iter().all(simple))
 }
 
-/// Takes in calls that [`suits`] them; `None` where a queue has a limit or is not there, and nothing was done.
-///
-/// A connection that breaks meanwhile leaves it open whether it was done. It may be tried again all the same:
-/// what was stored is known by its id, which is then in the way.
+/// Takes in calls of which [`suits`] says so; `None` where a queue has a limit or is not there, and nothing was
+/// done.
 pub(super) async fn take_in(
     connection: &mut PgConnection,
     calls: &[&Enqueue],
@@ -54,17 +49,14 @@ pub(super) async fn take_in(
 ) -> Result<Option<Done<EnqueueOutcome>>, Trouble> {
     let mut lot = Lot::new(calls, pumps)?;
     let asked = Instant::now();
-    let row = lot.statement(pumps).fetch_one(connection).await.map_err(Trouble::of_one_try)?;
+    let row = lot.statement(pumps).fetch_one(connection).await;
+    let row = row.map_err(Trouble::of_the_only_statement)?;
     let Some(now) = row.try_get::<Option<i64>, _>("taken_at")? else { return Ok(None) };
-    let waiting: Vec<bool> = row.try_get("waiting")?;
-    // What comes after others is in the table, and its place is free again.
-    for (place, queue) in lot.places.iter_mut().zip(&lot.queues) {
-        *place = place.take().filter(|_| !waiting[*queue]);
-    }
-    let answers = answers(calls, now)?;
+    lot.leave_those_of_crowded_queues(row.try_get("waiting")?, pumps);
+    let answers = answers(calls, now);
     count_enqueued(&answers);
     let word = Word::of_ready(lot.not_handed().cloned());
-    let handed = lot.handed(row.try_get("seqs")?, pumps, (now, asked))?;
+    let handed = lot.handed(row.try_get("seqs")?, pumps, (now, asked));
     Ok(Some(Done { answers, word, handed }))
 }
 
@@ -85,35 +77,21 @@ impl<'a> Lot<'a> {
     fn new(calls: &[&'a Enqueue], pumps: &Pumps) -> sqlx::Result<Self> {
         let messages = calls.iter().flat_map(|call| &call.messages).collect::<Vec<_>>();
         let names = sorted_names(&messages);
-        let place_of = |message: &&NewMessage| {
+        let queue_of = |message: &&NewMessage| {
             names.binary_search(&message.queue.as_str()).expect("every queue's name is there")
         };
-        let queues = messages.iter().map(place_of).collect::<Vec<_>>();
-        let mut full = HashSet::new();
-        let keep = |(message, queue): (&&NewMessage, &usize)| {
-            if full.contains(queue) {
-                return None;
-            }
-            let place = Place::keep(&pumps.handover, &message.queue);
-            // What is not handed over comes first for those after it.
-            if place.is_none() {
-                full.insert(*queue);
-            }
-            place
-        };
-        let places = messages.iter().zip(&queues).map(keep).collect();
+        let queues = messages.iter().map(queue_of).collect::<Vec<_>>();
+        let places = keep_places(&messages, &queues, pumps);
         Ok(Self { messages, names, queues, places, chance: rows::chance()? })
     }
 
     fn statement(&self, pumps: &Pumps) -> Statement<'_> {
         let messages = || self.messages.iter();
+        let places = || self.places.iter().map(Option::as_ref);
         let details = messages().map(|message| {
             serde_json::to_string(&message.details).expect("details are text, which is always JSON")
         });
-        let terms = self.places.iter().map(|place| place.as_ref().map(Place::terms));
-        let terms: Vec<Option<(ReplicaName, Duration)>> = terms.collect();
-        let replicas = || terms.iter().map(|terms| terms.as_ref().map(|(replica, _)| replica));
-        let incarnation = |replica: &ReplicaName| pumps.incarnations.of(replica);
+        let incarnation = |place: &Place| pumps.incarnations.of(&place.replica);
         query(TAKE_IN)
             .bind(LOCK_NAMES)
             .bind(&self.names)
@@ -127,13 +105,24 @@ impl<'a> Lot<'a> {
             .bind(details.collect::<Vec<_>>())
             .bind(messages().map(|message| message.body.as_ref()).collect::<Vec<&[u8]>>())
             .bind(self.chance)
-            .bind(terms.iter().map(|it| it.as_ref().map(|it| rows::span(it.1))).collect::<Vec<_>>())
-            .bind(replicas().map(|replica| replica.map(incarnation)).collect::<Vec<_>>())
-            .bind(
-                replicas()
-                    .map(|replica| replica.map(|it| it.as_str().to_owned()))
-                    .collect::<Vec<_>>(),
-            )
+            .bind(places().map(|it| it.map(|it| rows::span(it.duration))).collect::<Vec<_>>())
+            .bind(places().map(|it| it.map(incarnation)).collect::<Vec<_>>())
+            .bind(places().map(|it| it.map(|it| it.replica.as_str())).collect::<Vec<_>>())
+    }
+
+    /// What comes after others is in the table, and its place is free again.
+    fn leave_those_of_crowded_queues(&mut self, waiting: Vec<bool>, pumps: &Pumps) {
+        for (place, queue) in self.places.iter_mut().zip(&self.queues) {
+            *place = place.take().filter(|_| !waiting[*queue]);
+        }
+        let mut crowded = pumps.crowded();
+        for (name, waiting) in self.names.iter().zip(waiting) {
+            match QueueName::parse(name) {
+                Ok(name) if waiting => drop(crowded.insert(name)),
+                Ok(name) => drop(crowded.remove(&name)),
+                Err(_) => (),
+            }
+        }
     }
 
     /// The queues of messages that wait in the table.
@@ -143,26 +132,40 @@ impl<'a> Lot<'a> {
     }
 
     /// What goes to its place; `now` is the same moment by the database's clock and, shortly before, by ours.
-    fn handed(
-        self,
-        seqs: Vec<i64>,
-        pumps: &Pumps,
-        now: (i64, Instant),
-    ) -> sqlx::Result<Vec<(Place, Leased)>> {
-        let moment = rows::moment(now.0)?;
+    fn handed(self, seqs: Vec<i64>, pumps: &Pumps, now: (i64, Instant)) -> Vec<(Place, Leased)> {
+        let moment = rows::moment(now.0).unwrap_or_default();
         let mut handed = Vec::new();
         for ((message, place), seq) in self.messages.into_iter().zip(self.places).zip(seqs) {
             let Some(place) = place else { continue };
             let incarnation = |replica: &ReplicaName| pumps.incarnations.of(replica);
             let lease = NewLease::new(place, incarnation, self.chance, now);
-            let expires_at = message.expires.map(|when| rows::moment(rows::resolve(when, now.0)));
-            handed.push(lease.handed(seq, message, moment, expires_at.transpose()?));
+            let expires_at = message.expires.map(|when| rows::resolve(when, now.0));
+            let expires_at = expires_at.and_then(|at| rows::moment(at).ok());
+            handed.push(lease.handed(seq, message, moment, expires_at));
         }
-        Ok(handed)
+        handed
     }
 }
 
 type Statement<'a> = sqlx::query::Query<'a, sqlx::Postgres, sqlx::postgres::PgArguments>;
+
+/// To each message a place, if there is one. Of a queue in which others waited a moment ago one message tries
+/// for all, so that those others find the room.
+fn keep_places(messages: &[&NewMessage], queues: &[usize], pumps: &Pumps) -> Vec<Option<Place>> {
+    let mut left = HashMap::new();
+    let keep = |(message, queue): (&&NewMessage, &usize)| {
+        let crowded = || pumps.crowded().contains(&message.queue);
+        let left = left.entry(*queue).or_insert_with(|| if crowded() { 1 } else { usize::MAX });
+        if *left == 0 {
+            return None;
+        }
+        let place = Place::keep(&pumps.handover, &message.queue);
+        // What is not handed over comes first for those after it.
+        *left = if place.is_some() { *left - 1 } else { 0 };
+        place
+    };
+    messages.iter().zip(queues).map(keep).collect()
+}
 
 /// How long after it was taken in a message is worth delivering.
 fn lifetime(message: &NewMessage) -> Option<Duration> {
@@ -172,8 +175,8 @@ fn lifetime(message: &NewMessage) -> Option<Duration> {
     }
 }
 
-fn answers(calls: &[&Enqueue], now: i64) -> sqlx::Result<Vec<EnqueueOutcome>> {
-    let now = rows::moment(now)?;
+fn answers(calls: &[&Enqueue], now: i64) -> Vec<EnqueueOutcome> {
+    let now = rows::moment(now).unwrap_or_default();
     let receipt = |message: &NewMessage| Receipt {
         id: message.id,
         queue: message.queue.clone(),
@@ -184,5 +187,5 @@ fn answers(calls: &[&Enqueue], now: i64) -> sqlx::Result<Vec<EnqueueOutcome>> {
     let answer = |call: &&Enqueue| {
         EnqueueOutcome::Done(call.messages.iter().map(|it| Enqueued::New(receipt(it))).collect())
     };
-    Ok(calls.iter().map(answer).collect())
+    calls.iter().map(answer).collect()
 }

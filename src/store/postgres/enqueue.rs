@@ -1,6 +1,6 @@
 //! Taking messages in, each once.
 //!
-//! A transaction reads what there is to know for all its messages ([`Facts`]), plans in memory what to
+//! Where there is nothing to know first, [`at_once`]. Otherwise a transaction reads what there is to know for all its messages ([`Facts`]), plans in memory what to
 //! write ([`Plan`]), and writes it with few statements. So a refusal undoes a part of the plan, and
 //! never a row; keys are the exception.
 
@@ -293,7 +293,7 @@ impl<'a> Plan<'a> {
             .bind(leases().map(|it| it.map(|it| it.chance)).collect::<Vec<_>>())
             .bind(leases().map(|it| it.map(|it| it.until.0)).collect::<Vec<_>>())
             .bind(leases().map(|it| it.map(|it| it.incarnation)).collect::<Vec<_>>())
-            .bind(leases().map(|it| it.map(|it| it.replica.as_str())).collect::<Vec<_>>())
+            .bind(leases().map(|it| it.map(|it| it.place.replica.as_str())).collect::<Vec<_>>())
             .execute(connection)
             .await
             .map(drop)

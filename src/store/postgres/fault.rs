@@ -15,7 +15,7 @@ pub(super) use super::super::columns::unreadable;
 pub(super) enum Trouble {
     /// The driver says so. Several calls may share one error, because they share one transaction.
     Driver(Arc<sqlx::Error>),
-    /// The driver says so, of a connection on which it could not even begin.
+    /// The driver says so, of a connection that was at its end before anything was written on it.
     Unbegun(Arc<sqlx::Error>),
     /// We say so.
     Ours(Error),
@@ -45,16 +45,11 @@ impl Trouble {
         Self::Unbegun(Arc::new(error))
     }
 
-    /// Of a statement that is a transaction by itself and may be tried twice: a connection that broke is like one
-    /// on which nothing had begun.
-    pub(super) fn of_one_try(error: sqlx::Error) -> Self {
-        let trouble = Self::from(error);
-        match trouble {
-            Self::Driver(error) if matches!(fault(&error), Error::Unavailable(_)) => {
-                Self::Unbegun(error)
-            }
-            other => other,
-        }
+    /// Of a statement that is a transaction by itself: where the server says that it ended the connection, it took
+    /// the statement back. Where the connection broke without a word, nobody knows whether it was done.
+    pub(super) fn of_the_only_statement(error: sqlx::Error) -> Self {
+        let was_ended = code_of(&error) == Some(ADMIN_SHUTDOWN);
+        if was_ended { Self::unbegun(error) } else { Self::from(error) }
     }
 
     /// Whether the same transaction is likely to succeed at once: nothing of it was written, and what
@@ -118,6 +113,7 @@ pub(super) fn fault(error: &Arc<sqlx::Error>) -> Error {
     }
 }
 
+const ADMIN_SHUTDOWN: &str = "57P01";
 const SERIALIZATION: &str = "40001";
 const DEADLOCK: &str = "40P01";
 const LOCK_TIMEOUT: &str = "55P03";

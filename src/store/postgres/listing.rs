@@ -100,7 +100,9 @@ const PAGE_OF_LEASED: &str = page!(looked_at!(leased));
 
 // Lives on: message_id, and what `records` says.
 const PAGE_OF_NAMED: &str = page!(
-    "select named.seq from message as named where named.id = any($4) and named.seq < $1 limit $2"
+    "select named.seq from unnest($4::uuid[]) as given (id) cross join lateral (
+    select seq from message where message.id = given.id and message.seq < $1 limit 1
+) as named limit $2"
 );
 
 // Lives on: tally, read whole; it is folded to a few rows for each queue.

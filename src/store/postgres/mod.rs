@@ -98,7 +98,7 @@ impl Postgres {
         tasks.spawn(herald.clone().send(line, stop.clone()));
         tasks.spawn(herald.clone().listen(options.durable.clone(), stop.clone()));
         let durable = || options.durable.clone();
-        let pumps = Arc::new(Pumps { handover: Arc::default(), incarnations: Arc::default() });
+        let pumps = Arc::new(Pumps::default());
         Self {
             enqueues: Writer::open(&tasks, ENQUEUING, durable(), &herald, &pumps, &stop),
             settles: Writer::open(&tasks, SETTLING, durable(), &herald, &pumps, &stop),

@@ -4,8 +4,9 @@
 //! so that a commit costs the same for one call as for hundreds. It adds no delay of its own. Where a
 //! batch fails, each of its calls is done alone, so that only the one that is to blame fails.
 
+use std::collections::HashSet;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 
 use futures::future::BoxFuture;
@@ -15,7 +16,7 @@ use tokio::sync::{Mutex, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::model::{Lease, Leased};
+use crate::model::{Lease, Leased, QueueName};
 use crate::telemetry::metrics;
 
 use super::super::{Error, Handover, Place, Result};
@@ -68,10 +69,19 @@ pub(super) struct Done<A> {
 }
 
 /// The pumps of this process, as far as messages can be handed over to them.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Pumps {
     pub(super) handover: Arc<Handover>,
     pub(super) incarnations: Arc<Incarnations>,
+    /// Queues of which others waited when new messages came last: hardly any of these are handed over.
+    pub(super) crowded: std::sync::Mutex<HashSet<QueueName>>,
+}
+
+impl Pumps {
+    /// The queues of which others waited when new messages came last.
+    pub(super) fn crowded(&self) -> std::sync::MutexGuard<'_, HashSet<QueueName>> {
+        self.crowded.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// Where calls of one kind are handed in.

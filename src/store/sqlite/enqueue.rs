@@ -322,7 +322,7 @@ impl NewRow<'_> {
             .bind(lease.map_or(0, |_| row.enqueued_at))
             .bind(lease.map_or(0, |lease| lease.until.0))
             .bind(lease.map_or(0, |lease| lease.incarnation))
-            .bind(lease.map(|lease| lease.replica.as_str().to_owned()))
+            .bind(lease.map(|lease| lease.place.replica.as_str().to_owned()))
             .bind(row.enqueued_at)
             .bind(row.expires_at)
             .bind(i64::try_from(row.message.body.len()).unwrap_or(i64::MAX))

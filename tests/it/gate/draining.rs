@@ -145,11 +145,14 @@ async fn a_claim_that_comes_back_after_an_abort_takes_nobodys_room() {
     }
     let (mut other, mut onlooker) = (connect(&scene).await, connect(&scene).await);
     let mut transaction = other.begin().await.expect("a transaction begins");
-    let lock = "lock table pumphouse.content in access exclusive mode"; // which only claims read
+    // A claim reads it, and neither a stop nor a start.
+    let lock = "lock table pumphouse.content in access exclusive mode";
     transaction.execute(lock).await.expect("it is locked");
     scene.client.start_queue("q").await;
+    // A stopped queue's claims, of what is urgent, read other rows and wait as well.
     let waits = "select exists (select 1 from pg_stat_activity where datname = current_database()
-                 and wait_event_type = 'Lock' and query like '%delete from ready%')";
+                 and wait_event_type = 'Lock' and query like '%delete from ready%'
+                 and query not like '%ready.urgent%')";
     eventually("a claim waits", async || {
         sqlx::query_scalar(waits).fetch_one(&mut onlooker).await.expect("the server answers")
     })
@@ -160,7 +163,8 @@ async fn a_claim_that_comes_back_after_an_abort_takes_nobodys_room() {
         pass(Duration::from_millis(200)).await; // for the cut, which follows the close at once
         transaction.commit().await.expect("the lock is released");
     };
-    join(scene.client.stop_queue("q", &abort), let_go).await;
+    let (report, ()) = join(scene.client.stop_queue("q", &abort), let_go).await;
+    assert!(number(&report, "/released") > 0, "the claim came back after the abort: {report}");
     assert_eq!(states(&scene, "ready").await, 10);
     scene.client.start_queue("q").await;
     eventually("all are completed", async || states(&scene, "completed").await == 10).await;

@@ -84,8 +84,11 @@ async fn a_message_costs_sqlite_few_commits_and_pages() {
     settle_together(&stage, &leased).await;
     let settled = log.count();
     // The first may be on its way before the others come.
-    assert!(settled.0 - claimed.0 <= 3, "settlements share commits: {}", settled.0 - claimed.0);
-    at_most("settled together, pages", TOGETHER, settled.1 - claimed.1, 0.08);
+    let commits = settled.0 - claimed.0;
+    assert!(commits <= 3, "settlements share commits: {commits}");
+    // Each commit writes the pages again on which it goes on where the one before it ended.
+    let bound = 0.06 + 0.02 * commits as f64;
+    at_most("settled together, pages", TOGETHER, settled.1 - claimed.1, bound);
 }
 
 /// A store whose log is never begun again while a test counts in it.
@@ -161,7 +164,7 @@ async fn a_message_costs_postgres_few_statements_and_bytes() {
     send_together(&stage, &queue).await;
     let (statements, bytes) = server.count().await;
     assert!(
-        (1..=4).contains(&statements),
+        (1..=2).contains(&statements),
         "what is sent together is one transaction: {statements}"
     );
     at_most("sent together, bytes of log", TOGETHER, bytes, 1050.0);

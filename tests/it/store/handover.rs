@@ -9,7 +9,7 @@ use pumphouse::model::{Leased, QueueName, ReplicaName, Settlement, State, When};
 use pumphouse::store::{Enqueued, Settled, Taker};
 
 use crate::support::eventually;
-use crate::support::stage::{LONG, SHORT, Stage, message, replica, together};
+use crate::support::stage::{ALL, LONG, SHORT, Stage, bodies_of, message, replica, together};
 
 /// Takes what it has places for.
 #[derive(Debug)]
@@ -168,4 +168,29 @@ pub(crate) async fn who_closes_takes_no_more_and_another_is_left_alone(stage: St
     stage.store.handover().close(&queue, &closing);
     stage.send_to(&queue, "for nobody").await;
     assert_eq!(second.bodies().len(), 1);
+}
+
+pub(crate) async fn of_several_queues_in_one_call_each_is_looked_at_alone(stage: Stage) {
+    let (a, b, c) = (stage.queue("a").await, stage.queue("b").await, stage.queue("c").await);
+    stage.send(message(&b, "waits")).await;
+    let all = [&a, &b, &c].map(|queue| Hands::with(2).open(&stage, queue));
+    let mixed = [(&c, "c1"), (&a, "a1"), (&b, "b1"), (&a, "a2"), (&c, "c2"), (&a, "a3")];
+    let mixed = mixed.map(|(queue, body)| message(queue, body));
+    stage.send_all(mixed.to_vec()).await;
+    let taken = all.each_ref().map(|hands| hands.bodies());
+    assert_eq!(taken, [vec!["a1", "a2"], vec![], vec!["c1", "c2"]]);
+    assert_eq!(
+        all.each_ref().map(|hands| hands.places()),
+        [0, 2, 0],
+        "no place is kept for nothing"
+    );
+    assert_eq!(bodies_of(&stage.claim(&b, ALL).await), ["waits", "b1"]);
+    assert_eq!(bodies_of(&stage.claim(&a, ALL).await), ["a3"]);
+    for (hands, queue) in all.iter().zip([&a, &b, &c]) {
+        let taken = hands.taken.lock().unwrap().clone();
+        for leased in taken {
+            assert_eq!(leased.message.head.queue, *queue);
+            stage.must_settle(&leased, Settlement::Ack).await;
+        }
+    }
 }

@@ -206,6 +206,7 @@ macro_rules! database {
         keeps!($stage; handover:
             a_message_is_handed_over_as_if_it_had_been_claimed,
             without_a_place_a_message_waits_and_those_after_it_too,
+            of_several_queues_in_one_call_each_is_looked_at_alone,
             what_is_not_due_too_late_or_of_another_queue_is_not_handed_over,
             what_is_refused_gives_its_places_back,
             what_nobody_takes_any_more_is_ready_at_once,
