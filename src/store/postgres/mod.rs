@@ -94,11 +94,11 @@ impl Postgres {
         let stop = CancellationToken::new();
         let tasks = TaskTracker::new();
         let herald = Arc::new(Herald::new());
-        let line = transact::Line::new(options.relaxed.clone());
+        let pumps = Arc::new(Pumps::default());
+        let line = transact::Line::new(options.relaxed.clone(), &pumps.breaks);
         tasks.spawn(herald.clone().send(line, stop.clone()));
         tasks.spawn(herald.clone().listen(options.durable.clone(), stop.clone()));
         let durable = || options.durable.clone();
-        let pumps = Arc::new(Pumps::default());
         Self {
             enqueues: Writer::open(&tasks, ENQUEUING, durable(), &herald, &pumps, &stop),
             settles: Writer::open(&tasks, SETTLING, durable(), &herald, &pumps, &stop),

@@ -6,6 +6,8 @@
 
 use std::future::Future;
 use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
@@ -140,23 +142,33 @@ pub(super) struct Line {
     options: PgConnectOptions,
     connection: Option<PgConnection>,
     used_at: Instant,
+    breaks: Breaks,
+    /// How many of them were known when it was used last.
+    known_breaks: usize,
 }
+
+/// How often a line of this store has broken, so that the others are not trusted either.
+pub(super) type Breaks = Arc<AtomicUsize>;
 
 impl Line {
     /// A line that connects when it is needed.
-    pub(super) fn new(options: PgConnectOptions) -> Self {
-        Self { options, connection: None, used_at: Instant::now() }
+    pub(super) fn new(options: PgConnectOptions, breaks: &Breaks) -> Self {
+        let breaks = Arc::clone(breaks);
+        Self { options, connection: None, used_at: Instant::now(), breaks, known_breaks: 0 }
     }
 
-    /// The connection; one that was idle is asked first whether it still stands, so that a server that
-    /// was started again costs a connection and no write.
+    /// The connection; one that was idle, or beside which another one broke, is asked first whether it still
+    /// stands, so that a server that was started again costs a connection and no write.
     pub(super) async fn connection(&mut self) -> sqlx::Result<&mut PgConnection> {
+        let breaks = self.breaks.load(Ordering::Relaxed);
+        let in_doubt = self.used_at.elapsed() > IDLE || self.known_breaks != breaks;
         if let Some(connection) = &mut self.connection
-            && self.used_at.elapsed() > IDLE
+            && in_doubt
             && !stands(connection).await
         {
             self.connection = None;
         }
+        self.known_breaks = breaks;
         self.used_at = Instant::now();
         match &mut self.connection {
             Some(connection) => Ok(connection),
@@ -167,6 +179,7 @@ impl Line {
     /// Gives the connection up, because nobody knows what state it is in.
     pub(super) fn hang_up(&mut self) {
         self.connection = None;
+        self.breaks.fetch_add(1, Ordering::Relaxed);
     }
 
     /// Ends it in good order.

@@ -24,7 +24,7 @@ use super::Incarnations;
 use super::fault::{Trouble, fault};
 use super::news::{Herald, Word};
 use super::settle::give_back;
-use super::transact::{Line, answered, pause};
+use super::transact::{Breaks, Line, answered, pause};
 
 /// How many calls may wait for a batch before their callers wait for a place.
 const CALLS_WAITING_MAX: usize = 4096;
@@ -73,6 +73,8 @@ pub(super) struct Done<A> {
 pub(super) struct Pumps {
     pub(super) handover: Arc<Handover>,
     pub(super) incarnations: Arc<Incarnations>,
+    /// How often one of this store's lines has broken.
+    pub(super) breaks: Breaks,
     /// Queues of which others waited when new messages came last: hardly any of these are handed over.
     pub(super) crowded: std::sync::Mutex<HashSet<QueueName>>,
 }
@@ -116,7 +118,7 @@ impl<B: Batch> Writer<B> {
         for _ in 0..connections {
             let clerk = Clerk {
                 waiting: Arc::clone(&waiting),
-                line: Line::new(options.clone()),
+                line: Line::new(options.clone(), &pumps.breaks),
                 herald: Arc::clone(herald),
                 pumps: Arc::clone(pumps),
                 stop: stop.clone(),
