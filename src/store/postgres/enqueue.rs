@@ -1,8 +1,8 @@
 //! Taking messages in, each once.
 //!
-//! Where there is nothing to know first, [`at_once`]. Otherwise a transaction reads what there is to know for all its messages ([`Facts`]), plans in memory what to
-//! write ([`Plan`]), and writes it with few statements. So a refusal undoes a part of the plan, and
-//! never a row; keys are the exception.
+//! Where nothing has to be known first, [`at_once`] does it. Otherwise a transaction reads what there is to
+//! know for all its messages ([`Facts`]), plans in memory what to write ([`Plan`]), and writes it with few
+//! statements. So a refusal undoes a part of the plan, and never a row; keys are the exception.
 
 use futures::future::BoxFuture;
 use sqlx::{Connection, PgConnection, query};
