@@ -19,11 +19,13 @@ create table queue (
     name text collate "C" not null unique,
     settings text not null,
     state text not null,
+    guard text not null default '{}',
     max_messages bigint,
     max_crashes integer not null,
     dedup_window bigint not null,
     retention_completed bigint not null,
-    retention_dead bigint not null
+    retention_dead bigint not null,
+    dead_on_expiry boolean not null
 );
 
 -- Deleted queues of which something is left to be swept.

@@ -6,7 +6,8 @@ create table queue (
     id integer primary key autoincrement,
     name text not null unique,
     settings text not null,
-    state text not null
+    state text not null,
+    guard text not null default '{}'
 ) strict;
 
 -- Deleted queues of which something is left to be swept.

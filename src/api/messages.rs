@@ -181,7 +181,17 @@ async fn run_message(
     request: Request,
 ) -> Result<Json<MessageBody>, Problem> {
     let Nothing {} = read_json_or_default(request).await?;
-    amend(&doors, &id, Amendment::RunNow).await
+    let id = message_id(&id)?;
+    let pump = doors.pump().clone();
+    let run = async move {
+        let amended = pump.store().amend(id, Amendment::RunNow).await?;
+        if let Amended::Done(record) = &amended {
+            // Whoever wants it run now wants its handler asked.
+            pump.lift(&record.head.queue).await?;
+        }
+        Ok(amended)
+    };
+    amended_body(id, doors.to_the_end(run).await?)
 }
 
 /// Set when a message that waits is due.

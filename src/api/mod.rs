@@ -35,8 +35,10 @@ mod envelope;
 mod sending;
 mod messages;
 mod queue_settings;
+mod recovery_settings;
 mod settings_patch;
 mod queues;
+mod recovery;
 mod pump;
 mod dead_letters;
 mod health;
@@ -213,6 +215,7 @@ fn data_routes() -> OpenApiRouter<Doors> {
 fn admin_routes() -> OpenApiRouter<Doors> {
     OpenApiRouter::new()
         .merge(queues::routes())
+        .merge(recovery::routes())
         .merge(pump::routes())
         .merge(dead_letters::routes())
         .merge(health::metrics_routes())

@@ -5,19 +5,19 @@ use std::time::Duration;
 
 use serde::de::IgnoredAny;
 use serde::{Deserialize, Deserializer, Serialize};
-use serde_json::Value;
 use url::Url;
 use utoipa::ToSchema;
 
 use crate::model::{
-    self, Backoff, Builtin, Concurrency, HttpHandler, Invalid, Jitter, MASK, QueueSettings,
-    Recovery, Retention, RetryStatuses, Scope,
+    self, Bounds, Builtin, Concurrency, HttpHandler, Invalid, MASK, OnExpiry, QueueSettings,
+    RateLimit, Retention, Scope,
 };
 
 use super::body::pointer_to;
 use super::envelope::{check_forwarded, not_available};
 use super::lasting::Lasting;
 use super::problem::Problem;
+use super::recovery_settings::{BreakerBody, MaybeBreaker, RecoveryBody};
 
 /// How a queue is to be treated. What is missing has its default.
 ///
@@ -27,19 +27,21 @@ use super::problem::Problem;
 pub(super) struct SettingsBody {
     handler: HandlerBody,
     concurrency: ConcurrencyBody,
-    /// Not available in this version: null.
-    #[schema(value_type = Option<Object>)]
-    rate_limit: Value,
+    /// How many deliveries may start in a time; null for no limit.
+    rate_limit: Option<RateLimitBody>,
     /// How long a claim lasts; null for the handler's timeout and 30s.
     lease: Option<Lasting>,
     recovery: RecoveryBody,
-    /// Not available in this version: null.
-    #[schema(value_type = Option<Object>)]
-    breaker: Value,
+    /// When the handler is thought to be ill, and is left alone; null for never.
+    #[schema(value_type = Option<BreakerBody>)]
+    breaker: MaybeBreaker,
     dedup_window: Option<Lasting>,
     retention: RetentionBody,
     /// How many messages may be unsettled at once; null for no limit.
     max_messages: Option<u64>,
+    /// What becomes of messages that waited longer than their sender wanted: `expire` ends them, `dead_letter`
+    /// sets them aside.
+    on_expiry: OnExpiryBody,
     /// Not available in this version: null.
     redirect_to: Option<String>,
     #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
@@ -60,6 +62,14 @@ pub(super) struct SettingsBody {
     #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
     #[schema(value_type = Option<Object>, read_only, required = false)]
     stats: ReadOnly,
+}
+
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum OnExpiryBody {
+    #[default]
+    Expire,
+    DeadLetter,
 }
 
 /// A member that only can be read.
@@ -119,9 +129,33 @@ struct ConcurrencyBody {
     limit: u32,
     /// `cluster`: over all replicas; `replica`: of each.
     scope: ScopeBody,
-    /// Not available in this version: null.
-    #[schema(value_type = Option<Object>)]
-    adaptive: Value,
+    /// Lets each process find its limit by itself, within these; null for `limit`.
+    adaptive: Option<BoundsBody>,
+}
+
+/// Between which numbers a limit is looked for.
+#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct BoundsBody {
+    min: u32,
+    max: u32,
+}
+
+/// How many deliveries may start in a time.
+#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+struct RateLimitBody {
+    /// So many on the average.
+    limit: u32,
+    /// In each such time; 1s if it is left out.
+    #[serde(default = "one_second")]
+    period: Lasting,
+    /// So many at once after a pause; `limit` if it is left out.
+    burst: Option<u32>,
+}
+
+fn one_second() -> Lasting {
+    Lasting(Duration::from_secs(1))
 }
 
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
@@ -129,46 +163,6 @@ struct ConcurrencyBody {
 enum ScopeBody {
     Cluster,
     Replica,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-struct RecoveryBody {
-    immediate: u32,
-    max_attempts: u32,
-    max_crashes: u32,
-    backoff: BackoffBody,
-    max_age: Lasting,
-    retry_after_max: Lasting,
-    /// `default` or `all`.
-    retry_statuses: RetryStatusesBody,
-    /// Not available in this version: empty.
-    #[schema(value_type = Vec<Object>)]
-    rules: Vec<Value>,
-}
-
-#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-enum RetryStatusesBody {
-    Default,
-    All,
-}
-
-#[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
-struct BackoffBody {
-    base: Lasting,
-    factor: f64,
-    max: Lasting,
-    /// `full` or `none`.
-    jitter: JitterBody,
-}
-
-#[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
-#[serde(rename_all = "snake_case")]
-enum JitterBody {
-    Full,
-    None,
 }
 
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -198,18 +192,6 @@ impl Default for ConcurrencyBody {
     }
 }
 
-impl Default for RecoveryBody {
-    fn default() -> Self {
-        Self::from(&Recovery::default())
-    }
-}
-
-impl Default for BackoffBody {
-    fn default() -> Self {
-        Self::from(&Backoff::default())
-    }
-}
-
 impl Default for RetentionBody {
     fn default() -> Self {
         Self::from(&Retention::default())
@@ -222,40 +204,21 @@ impl From<&Concurrency> for ConcurrencyBody {
             Scope::Cluster => ScopeBody::Cluster,
             Scope::Replica => ScopeBody::Replica,
         };
-        Self { limit: concurrency.limit, scope, adaptive: Value::Null }
+        let adaptive = concurrency.adaptive.map(|Bounds { min, max }| BoundsBody { min, max });
+        Self { limit: concurrency.limit, scope, adaptive }
     }
 }
 
-impl From<&Recovery> for RecoveryBody {
-    fn from(recovery: &Recovery) -> Self {
-        Self {
-            immediate: recovery.immediate,
-            max_attempts: recovery.max_attempts,
-            max_crashes: recovery.max_crashes,
-            backoff: BackoffBody::from(&recovery.backoff),
-            max_age: Lasting(recovery.max_age),
-            retry_after_max: Lasting(recovery.retry_after_max),
-            retry_statuses: match recovery.retry_statuses {
-                RetryStatuses::Default => RetryStatusesBody::Default,
-                RetryStatuses::All => RetryStatusesBody::All,
-            },
-            rules: Vec::new(),
-        }
+impl From<&RateLimit> for RateLimitBody {
+    fn from(rate: &RateLimit) -> Self {
+        Self { limit: rate.limit, period: Lasting(rate.period), burst: Some(rate.burst) }
     }
 }
 
-impl From<&Backoff> for BackoffBody {
-    fn from(backoff: &Backoff) -> Self {
-        let jitter = match backoff.jitter {
-            Jitter::Full => JitterBody::Full,
-            Jitter::None => JitterBody::None,
-        };
-        Self {
-            base: Lasting(backoff.base),
-            factor: backoff.factor,
-            max: Lasting(backoff.max),
-            jitter,
-        }
+impl RateLimitBody {
+    fn into_settings(self) -> RateLimit {
+        let burst = self.burst.unwrap_or(self.limit);
+        RateLimit { limit: self.limit, period: self.period.0, burst }
     }
 }
 
@@ -288,13 +251,17 @@ impl From<&QueueSettings> for SettingsBody {
         Self {
             handler,
             concurrency: ConcurrencyBody::from(&settings.concurrency),
-            rate_limit: Value::Null,
+            rate_limit: settings.rate_limit.as_ref().map(RateLimitBody::from),
             lease: Some(Lasting(settings.lease())),
             recovery: RecoveryBody::from(&settings.recovery),
-            breaker: Value::Null,
+            breaker: MaybeBreaker::from(&settings.breaker),
             dedup_window: Some(Lasting(settings.dedup_window)),
             retention: RetentionBody::from(&settings.retention),
             max_messages: settings.max_messages,
+            on_expiry: match settings.on_expiry {
+                OnExpiry::Expire => OnExpiryBody::Expire,
+                OnExpiry::DeadLetter => OnExpiryBody::DeadLetter,
+            },
             ..Self::default()
         }
     }
@@ -331,8 +298,8 @@ impl SettingsBody {
     ) -> Result<QueueSettings, Problem> {
         self.refuse_what_is_not_there_yet()?;
         let handler = handler(self.handler, before.map(|before| &before.handler))?;
+        let adaptive = self.concurrency.adaptive;
         let defaults = QueueSettings::default();
-        let recovery = self.recovery;
         let settings = QueueSettings {
             handler,
             concurrency: Concurrency {
@@ -341,34 +308,22 @@ impl SettingsBody {
                     ScopeBody::Cluster => Scope::Cluster,
                     ScopeBody::Replica => Scope::Replica,
                 },
+                adaptive: adaptive.map(|BoundsBody { min, max }| Bounds { min, max }),
             },
+            rate_limit: self.rate_limit.map(RateLimitBody::into_settings),
             lease: self.lease.map(|lasting| lasting.0),
-            recovery: Recovery {
-                immediate: recovery.immediate,
-                max_attempts: recovery.max_attempts,
-                max_crashes: recovery.max_crashes,
-                backoff: Backoff {
-                    base: recovery.backoff.base.0,
-                    factor: recovery.backoff.factor,
-                    max: recovery.backoff.max.0,
-                    jitter: match recovery.backoff.jitter {
-                        JitterBody::Full => Jitter::Full,
-                        JitterBody::None => Jitter::None,
-                    },
-                },
-                max_age: recovery.max_age.0,
-                retry_after_max: recovery.retry_after_max.0,
-                retry_statuses: match recovery.retry_statuses {
-                    RetryStatusesBody::Default => RetryStatuses::Default,
-                    RetryStatusesBody::All => RetryStatuses::All,
-                },
-            },
+            recovery: self.recovery.into_recovery()?,
+            breaker: self.breaker.into_settings(),
             dedup_window: self.dedup_window.map_or(defaults.dedup_window, |lasting| lasting.0),
             retention: Retention {
                 completed: self.retention.completed.0,
                 dead: self.retention.dead.0,
             },
             max_messages: self.max_messages,
+            on_expiry: match self.on_expiry {
+                OnExpiryBody::Expire => OnExpiry::Expire,
+                OnExpiryBody::DeadLetter => OnExpiry::DeadLetter,
+            },
         };
         settings.check().map_err(Problem::invalid)?;
         // The default, put back by who read it, stays a default that follows the timeout.
@@ -377,13 +332,7 @@ impl SettingsBody {
     }
 
     fn refuse_what_is_not_there_yet(&self) -> Result<(), Problem> {
-        let asked_for = [
-            ("rate_limit", !self.rate_limit.is_null()),
-            ("breaker", !self.breaker.is_null()),
-            ("concurrency.adaptive", !self.concurrency.adaptive.is_null()),
-            ("recovery.rules", !self.recovery.rules.is_empty()),
-            ("redirect_to", self.redirect_to.is_some()),
-        ];
+        let asked_for = [("redirect_to", self.redirect_to.is_some())];
         match asked_for.iter().find(|(_, asked)| *asked) {
             Some((name, _)) => Err(not_available(name)),
             None => Ok(()),
@@ -490,16 +439,8 @@ mod tests {
 
     #[test]
     fn what_is_not_there_yet_is_refused() {
-        for body in [
-            json!({"breaker": {"failures": 3}}),
-            json!({"rate_limit": {"limit": 1}}),
-            json!({"concurrency": {"adaptive": {"min": 1}}}),
-            json!({"recovery": {"rules": [{}]}}),
-            json!({"redirect_to": "other"}),
-        ] {
-            let parsed = serde_json::from_value::<SettingsBody>(body.clone()).unwrap();
-            let problem = parsed.into_settings(None).unwrap_err();
-            assert_eq!(problem.code.word, "not-available", "{body}");
-        }
+        let body = json!({"redirect_to": "other"});
+        let parsed = serde_json::from_value::<SettingsBody>(body).unwrap();
+        assert_eq!(parsed.into_settings(None).unwrap_err().code.word, "not-available");
     }
 }

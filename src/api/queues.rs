@@ -21,6 +21,7 @@ use super::pages::{QueueListQuery, write_queue_cursor};
 use super::problem::{self, Problem, ProblemBody};
 use super::pump::{StopAnswer, StopBody};
 use super::queue_settings::SettingsBody;
+use super::recovery::check_targets;
 use super::settings_patch::SettingsPatch;
 
 pub(super) fn routes() -> OpenApiRouter<Doors> {
@@ -41,9 +42,10 @@ struct QueueBody {
     /// `running` or `stopped`.
     state: &'static str,
     stopped: Option<StoppedBody>,
-    /// Until when a handler asked to be left alone.
+    /// Until when the handler asked to be left alone; may have passed.
     held_until: Option<String>,
-    breaker_state: Option<String>,
+    /// `closed`, `open` or `half_open`.
+    breaker_state: &'static str,
     stats: Stats,
 }
 
@@ -307,6 +309,9 @@ impl Doors {
         precondition: Precondition,
     ) -> Result<PutQueue, Problem> {
         let pump = self.pump().clone();
+        if !settings.recovery.rules.is_empty() {
+            check_targets(&name, &settings, &pump.store().queues().await?)?;
+        }
         self.to_the_end(async move {
             let put = pump.store().put_queue(&name, settings, precondition).await?;
             pump.refresh().await?; // in force when the answer goes out
@@ -343,8 +348,8 @@ fn queue_body(queue: &QueueRecord, depths: &[Depth]) -> QueueBody {
         settings: SettingsBody::from(&queue.settings).masked(),
         state,
         stopped,
-        held_until: None,
-        breaker_state: None,
+        held_until: queue.guard.held_until.map(|until| until.to_string()),
+        breaker_state: queue.guard.breaker.as_str(),
         stats: stats.unwrap_or_default(),
     }
 }

@@ -1,5 +1,6 @@
 //! A `POST` to a handler, and the meaning of its answer. The deadline over it is the pipeline's.
 
+use std::collections::BTreeMap;
 use std::error::Error as StdError;
 use std::io;
 use std::sync::Arc;
@@ -15,7 +16,9 @@ use percent_encoding::{AsciiSet, CONTROLS, utf8_percent_encode};
 use tower::service_fn;
 
 use crate::clock::Clock;
-use crate::model::{ANSWER_KEPT, Answer, ErrorKind, Failure, HttpHandler, Message, Verdict};
+use crate::model::{
+    ANSWER_HEADERS_KEPT, ANSWER_KEPT, Answer, ErrorKind, Failure, HttpHandler, Message, Verdict,
+};
 use crate::telemetry::traces;
 
 use super::connections::{Connections, Connector, NoAnswer};
@@ -172,6 +175,7 @@ fn meaning(answer: &Response<()>, excerpt: Bytes, now: Timestamp) -> Result<Answ
     let failure = |kind, detail: String| Failure {
         status: Some(status.as_u16()),
         retry_after,
+        headers: kept(answer.headers()),
         excerpt: excerpt.clone(),
         ..Failure::new(kind, detail)
     };
@@ -198,6 +202,14 @@ fn meaning(answer: &Response<()>, excerpt: Bytes, now: Timestamp) -> Result<Answ
         }
     };
     Ok(Answer { verdict, status: Some(status.as_u16()), excerpt })
+}
+
+/// The headers of an answer that a rule can ask for.
+fn kept(headers: &HeaderMap) -> BTreeMap<String, String> {
+    let text = |(name, value): (&HeaderName, &HeaderValue)| {
+        Some((name.as_str().to_owned(), value.to_str().ok()?.to_owned()))
+    };
+    headers.iter().take(ANSWER_HEADERS_KEPT).filter_map(text).collect()
 }
 
 fn said(verdict: &str, status: StatusCode) -> String {

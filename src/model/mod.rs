@@ -17,8 +17,11 @@ mod message;
 mod lifecycle;
 mod lease;
 mod outcome;
+mod rules;
+mod guard;
 mod queue;
 
+pub use guard::{Breaker, BreakerSettings, Guard, GuardChange};
 pub use invalid::Invalid;
 pub use lease::{Lease, Leased, Token};
 pub use lifecycle::{State, may_move};
@@ -28,10 +31,13 @@ pub use message::{
 };
 pub use names::{QueueName, ReplicaName};
 pub use outcome::{
-    ANSWER_KEPT, Answer, DeliveryRecord, ErrorKind, Failure, Outcome, Settlement, Verdict,
+    ANSWER_HEADERS_KEPT, ANSWER_KEPT, Answer, DeliveryRecord, ErrorKind, Failure, Outcome,
+    Settlement, Verdict,
 };
 pub use queue::{
-    Backoff, Builtin, Concurrency, Handler, HttpHandler, Jitter, LEASE_MARGIN, LIMIT_MAX, MASK,
-    QueueRecord, QueueSettings, Recovery, Retention, RetryStatuses, RunState, Scope, Stopped,
+    Backoff, Bounds, Builtin, Concurrency, Curve, Handler, HttpHandler, Jitter, LEASE_MARGIN,
+    LIMIT_MAX, MASK, OnExpiry, QueueRecord, QueueSettings, RateLimit, Recovery, Retention,
+    RetryStatuses, RunState, Scope, Stopped,
 };
+pub use rules::{Action, Match, Numbers, RULES_MAX, Rule};
 pub use span::{parse_span, span_text};

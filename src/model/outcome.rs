@@ -1,5 +1,6 @@
 //! Verdict (what a handler says), failure (what went wrong), settlement (what will be written).
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
@@ -7,10 +8,13 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{Invalid, ReplicaName};
+use super::{Invalid, QueueName, ReplicaName};
 
 /// How much of a handler's answer is kept with its delivery: the first 4 KiB.
 pub const ANSWER_KEPT: usize = 4096;
+
+/// How many headers of an answer a rule can ask for: the first 64.
+pub const ANSWER_HEADERS_KEPT: usize = 64;
 
 /// What a handler says of a message.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -63,6 +67,9 @@ pub struct Failure {
     pub status: Option<u16>,
     /// What the handler asked for with `Retry-After`.
     pub retry_after: Option<Duration>,
+    /// The headers of its answer, by their names in lower case, as far as rules can ask for them: at most
+    /// [`ANSWER_HEADERS_KEPT`].
+    pub headers: BTreeMap<String, String>,
     /// The first [`ANSWER_KEPT`] bytes of what it said.
     pub excerpt: Bytes,
 }
@@ -71,7 +78,8 @@ impl Failure {
     /// A failure without an answer.
     pub fn new(kind: ErrorKind, detail: impl Into<String>) -> Self {
         let detail = detail.into();
-        Self { kind, detail, status: None, retry_after: None, excerpt: Bytes::new() }
+        let (headers, excerpt) = (BTreeMap::new(), Bytes::new());
+        Self { kind, detail, status: None, retry_after: None, headers, excerpt }
     }
 }
 
@@ -169,6 +177,11 @@ pub enum Settlement {
         /// Zero for at once.
         after: Duration,
     },
+    /// Due again after this long, nothing counted: the delivery was made to see whether the handler is well.
+    Postpone {
+        /// Behind what is due before.
+        after: Duration,
+    },
     /// Dead. Counts a failure.
     DeadLetter {
         /// Why, in a sentence.
@@ -176,6 +189,14 @@ pub enum Settlement {
     },
     /// Discarded.
     Discard {
+        /// Why, in a sentence.
+        reason: String,
+    },
+    /// Ready in another queue, under the same id, with budgets that start anew. Where there is no such queue
+    /// any more: dead.
+    Move {
+        /// Which one.
+        to_queue: QueueName,
         /// Why, in a sentence.
         reason: String,
     },
@@ -193,8 +214,10 @@ pub enum Outcome {
     Failed,
     /// Failed for good or refused; the message is dead.
     DeadLettered,
-    /// The handler said to drop it.
+    /// The handler, or a rule, said to drop it.
     Discarded,
+    /// Given to another queue.
+    Moved,
     /// Cut by the pump; counts as no failure.
     Released,
     /// The lease ran out before an answer was written.
@@ -203,11 +226,12 @@ pub enum Outcome {
 
 impl Outcome {
     /// Every way a delivery can end.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Acked,
         Self::Failed,
         Self::DeadLettered,
         Self::Discarded,
+        Self::Moved,
         Self::Released,
         Self::LeaseLost,
     ];
@@ -219,6 +243,7 @@ impl Outcome {
             Self::Failed => "failed",
             Self::DeadLettered => "dead_lettered",
             Self::Discarded => "discarded",
+            Self::Moved => "moved",
             Self::Released => "released",
             Self::LeaseLost => "lease_lost",
         }
@@ -234,9 +259,10 @@ impl From<&Settlement> for Outcome {
     fn from(settlement: &Settlement) -> Self {
         match settlement {
             Settlement::Ack => Self::Acked,
-            Settlement::Retry { .. } => Self::Failed,
+            Settlement::Retry { .. } | Settlement::Postpone { .. } => Self::Failed,
             Settlement::DeadLetter { .. } => Self::DeadLettered,
             Settlement::Discard { .. } => Self::Discarded,
+            Settlement::Move { .. } => Self::Moved,
             Settlement::Release => Self::Released,
         }
     }

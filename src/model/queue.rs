@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use url::Url;
 
-use super::{Invalid, QueueName};
+use super::{Action, BreakerSettings, Guard, Invalid, Numbers, QueueName, RULES_MAX, Rule};
 
 /// What a lease lasts longer than the handler's timeout, by default.
 pub const LEASE_MARGIN: Duration = Duration::from_secs(30);
@@ -25,11 +25,17 @@ pub struct QueueSettings {
     pub handler: Handler,
     /// How many at once.
     pub concurrency: Concurrency,
+    /// How many may start in a time; `None` for no limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limit: Option<RateLimit>,
     /// How long a claim on a message lasts; `None` for the handler's timeout and [`LEASE_MARGIN`].
     #[serde(default, with = "maybe_micros")]
     pub lease: Option<Duration>,
     /// What follows a failure.
     pub recovery: Recovery,
+    /// When the handler is thought to be ill, and is left alone; `None` for never.
+    #[serde(default)]
+    pub breaker: Option<BreakerSettings>,
     /// How long an idempotency key is remembered, at least.
     #[serde(with = "micros")]
     pub dedup_window: Duration,
@@ -37,6 +43,9 @@ pub struct QueueSettings {
     pub retention: Retention,
     /// How many messages may be unsettled at once; `None` for no limit.
     pub max_messages: Option<u64>,
+    /// What becomes of a message that waited longer than its sender wanted.
+    #[serde(default)]
+    pub on_expiry: OnExpiry,
 }
 
 impl Default for QueueSettings {
@@ -44,13 +53,27 @@ impl Default for QueueSettings {
         Self {
             handler: Handler::Pull,
             concurrency: Concurrency::default(),
+            rate_limit: None,
             lease: None,
             recovery: Recovery::default(),
+            breaker: Some(BreakerSettings::default()),
             dedup_window: Duration::from_secs(24 * 3600),
             retention: Retention::default(),
             max_messages: None,
+            on_expiry: OnExpiry::default(),
         }
     }
+}
+
+/// What becomes of a message that waited longer than its sender wanted. It is never delivered.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum OnExpiry {
+    /// It ends as expired, and is kept for as long as what was completed.
+    #[default]
+    Expire,
+    /// It is set aside as a dead letter.
+    DeadLetter,
 }
 
 /// Who processes a queue's messages.
@@ -102,11 +125,44 @@ pub struct Concurrency {
     pub limit: u32,
     /// Whether the limit is for all replicas together or for each.
     pub scope: Scope,
+    /// Where the limit is found by itself, between which numbers; `limit` is where each process begins.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub adaptive: Option<Bounds>,
+}
+
+/// Between which numbers a limit is looked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Bounds {
+    /// At least 1.
+    pub min: u32,
+    /// At least `min`.
+    pub max: u32,
+}
+
+impl Concurrency {
+    /// The most that can ever be open.
+    pub fn most(&self) -> u32 {
+        self.adaptive.map_or(self.limit, |bounds| bounds.max)
+    }
+}
+
+/// How many deliveries may start in a time.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RateLimit {
+    /// So many on the average.
+    pub limit: u32,
+    /// In each such time.
+    #[serde(with = "micros")]
+    pub period: Duration,
+    /// So many at once after a pause.
+    pub burst: u32,
 }
 
 impl Default for Concurrency {
     fn default() -> Self {
-        Self { limit: 16, scope: Scope::Cluster }
+        Self { limit: 16, scope: Scope::Cluster, adaptive: None }
     }
 }
 
@@ -140,6 +196,9 @@ pub struct Recovery {
     pub retry_after_max: Duration,
     /// Which statuses are worth a retry.
     pub retry_statuses: RetryStatuses,
+    /// What is to follow otherwise: the first that matches counts, before everything else.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rules: Vec<Rule>,
 }
 
 /// Which HTTP statuses are worth a retry.
@@ -162,18 +221,22 @@ impl Default for Recovery {
             max_age: Duration::from_secs(3 * 86_400),
             retry_after_max: Duration::from_secs(3600),
             retry_statuses: RetryStatuses::Default,
+            rules: Vec::new(),
         }
     }
 }
 
-/// Exponential backoff: `base × factorⁿ`, at most `max`, spread by the jitter.
+/// How long to wait before the next attempt: at most `max`, spread by the jitter.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Backoff {
+    /// How waits grow.
+    #[serde(default)]
+    pub curve: Curve,
     /// The first wait.
     #[serde(with = "micros")]
     pub base: Duration,
-    /// What each wait is multiplied with to get the next; at least 1.
+    /// What each wait of an exponential backoff is multiplied with to get the next; at least 1.
     pub factor: f64,
     /// The longest wait.
     #[serde(with = "micros")]
@@ -185,6 +248,7 @@ pub struct Backoff {
 impl Default for Backoff {
     fn default() -> Self {
         Self {
+            curve: Curve::Exponential,
             base: Duration::from_secs(1),
             factor: 2.0,
             max: Duration::from_secs(3600),
@@ -193,12 +257,27 @@ impl Default for Backoff {
     }
 }
 
+/// How waits grow from one retry to the next.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Curve {
+    /// `base`, always.
+    Fixed,
+    /// `base`, twice that, three times that, …
+    Linear,
+    /// `base × factorⁿ`.
+    #[default]
+    Exponential,
+}
+
 /// How a wait is spread.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Jitter {
     /// Anything from nothing to the whole wait.
     Full,
+    /// Anything from the half to the whole wait.
+    Bounded,
     /// Not at all.
     None,
 }
@@ -292,6 +371,19 @@ impl QueueSettings {
             "/concurrency/limit",
             "a limit is from 0 to 100000",
         );
+        if let Some(Bounds { min, max }) = self.concurrency.adaptive {
+            rule(min >= 1 && min <= max, "/concurrency/adaptive/min", "from 1 to adaptive.max");
+            rule(max <= LIMIT_MAX, "/concurrency/adaptive/max", "at most 100000");
+        }
+        if let Some(rate) = &self.rate_limit {
+            rule((1..=1_000_000).contains(&rate.limit), "/rate_limit/limit", "from 1 to 1000000");
+            rule((1..=1_000_000).contains(&rate.burst), "/rate_limit/burst", "from 1 to 1000000");
+            rule(
+                rate.period >= SHORTEST && rate.period <= LONGEST_PERIOD,
+                "/rate_limit/period",
+                "from 1ms to 1d",
+            );
+        }
         let shortest_lease = self.timeout() + Duration::from_secs(1);
         rule(
             self.lease() >= shortest_lease,
@@ -321,6 +413,21 @@ impl QueueSettings {
             "from 1ms to 366d",
         );
         rule(recovery.retry_after_max <= LONGEST, "/recovery/retry_after_max", "at most 366d");
+        if let Some(breaker) = &self.breaker {
+            rule((1..=1000).contains(&breaker.failures), "/breaker/failures", "from 1 to 1000");
+            rule(
+                breaker.open_for >= SHORTEST && breaker.open_for <= breaker.max_open,
+                "/breaker/open_for",
+                "at least 1ms, and not longer than breaker.max_open",
+            );
+            rule(breaker.max_open <= LONGEST, "/breaker/max_open", "at most 366d");
+        }
+        rule(recovery.rules.len() <= RULES_MAX, "/recovery/rules", "at most 32 rules");
+        for (number, one) in recovery.rules.iter().enumerate() {
+            if let Err((member, detail)) = check_rule(one) {
+                rule(false, &format!("/recovery/rules/{number}/{member}"), detail);
+            }
+        }
         rule(self.dedup_window <= LONGEST, "/dedup_window", "at most 366d");
         rule(self.retention.completed <= LONGEST, "/retention/completed", "at most 366d");
         rule(self.retention.dead <= LONGEST * 10, "/retention/dead", "at most 3660d");
@@ -329,8 +436,28 @@ impl QueueSettings {
     }
 }
 
+/// Says what is wrong with a rule: in which member, and what.
+fn check_rule(rule: &Rule) -> Result<(), (&'static str, &'static str)> {
+    let statuses = |wanted: &Numbers| wanted.are_within(100, 599);
+    let numbers = |wanted: Numbers| !wanted.contain(0);
+    let Rule { matches, action } = rule;
+    if !matches.status.iter().all(statuses) {
+        return Err(("match/status", "a status is from 100 to 599"));
+    }
+    if !matches.attempt.is_none_or(numbers) {
+        return Err(("match/attempt", "attempts are counted from 1"));
+    }
+    match action {
+        Action::Retry { delay: Some(delay) } if *delay > LONGEST => {
+            Err(("delay", "a delay is at most 366d"))
+        }
+        _ => Ok(()),
+    }
+}
+
 const SHORTEST: Duration = Duration::from_millis(1);
 const LONGEST: Duration = Duration::from_secs(366 * 86_400);
+const LONGEST_PERIOD: Duration = Duration::from_secs(86_400);
 const LONGEST_TIMEOUT: Duration = Duration::from_secs(12 * 3600);
 
 /// Whether a queue, or the whole pump, is to run.
@@ -368,34 +495,44 @@ pub struct QueueRecord {
     pub settings: QueueSettings,
     /// Whether it is to run.
     pub state: RunState,
+    /// What keeps its handler from being asked.
+    pub guard: Guard,
 }
 
 /// Durations as whole microseconds, the unit of everything that is stored.
-mod micros {
+pub(super) mod micros {
     use std::time::Duration;
 
     use serde::{Deserialize, Deserializer, Serializer};
 
-    pub(super) fn serialize<S: Serializer>(value: &Duration, to: S) -> Result<S::Ok, S::Error> {
+    pub(in super::super) fn serialize<S: Serializer>(
+        value: &Duration,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
         to.serialize_u64(u64::try_from(value.as_micros()).unwrap_or(u64::MAX))
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Duration, D::Error> {
+    pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(
+        from: D,
+    ) -> Result<Duration, D::Error> {
         u64::deserialize(from).map(Duration::from_micros)
     }
 }
 
 /// The same, where there may be none.
-mod maybe_micros {
+pub(super) mod maybe_micros {
     use std::time::Duration;
 
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-    pub(super) fn serialize<S: Serializer>(v: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
+    pub(in super::super) fn serialize<S: Serializer>(
+        v: &Option<Duration>,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
         v.map(|value| u64::try_from(value.as_micros()).unwrap_or(u64::MAX)).serialize(to)
     }
 
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(
+    pub(in super::super) fn deserialize<'de, D: Deserializer<'de>>(
         from: D,
     ) -> Result<Option<Duration>, D::Error> {
         Ok(Option::<u64>::deserialize(from)?.map(Duration::from_micros))

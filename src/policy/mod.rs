@@ -1,9 +1,17 @@
 //! Decisions: values in, a value out. Time and chance are arguments.
 
+mod adaptive;
 mod backoff;
 mod batching;
+mod care;
+mod rate;
 mod recovery;
+mod simulate;
 
+pub use adaptive::{Adaptive, Sample};
 pub use backoff::wait;
 pub use batching::{LEASE_BATCH_MAX, Usual, prefetch};
-pub use recovery::{Decision, after_failure, after_verdict};
+pub use care::company;
+pub use rate::{Bucket, Rate};
+pub use recovery::{Decision, after_failure, after_probe, after_verdict, says_ill};
+pub use simulate::{Step, simulate};

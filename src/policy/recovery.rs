@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use crate::model::{ErrorKind, Failure, Recovery, RetryStatuses, Settlement, Tries, Verdict};
+use crate::model::{
+    Action, ErrorKind, Failure, Jitter, Recovery, RetryStatuses, Settlement, Tries, Verdict,
+};
 
 use super::backoff;
 
@@ -13,6 +15,8 @@ pub struct Decision {
     pub settlement: Settlement,
     /// Why the queue is to stop, where it is.
     pub stop_queue: Option<String>,
+    /// For how long nobody is to ask the handler, where it said so.
+    pub hold: Option<Duration>,
 }
 
 /// What follows a verdict: as it says; a retry goes by the queue's recovery.
@@ -28,15 +32,20 @@ pub fn after_verdict(
     let settlement = match verdict {
         Verdict::Ack => Settlement::Ack,
         Verdict::Retry { after } => {
-            retry(recovery, tries, age, after, "the handler asked for a retry", chance)
+            let budget = Budget { recovery, tries, age };
+            budget.retry(
+                Wait { ours: None, theirs: after },
+                "the handler asked for a retry",
+                chance,
+            )
         }
         Verdict::DeadLetter { reason } => Settlement::DeadLetter { reason },
         Verdict::Discard { reason } => Settlement::Discard { reason },
     };
-    Decision { settlement, stop_queue: None }
+    Decision { settlement, stop_queue: None, hold: None }
 }
 
-/// What follows a failure, by the table of the protocol.
+/// What follows a failure: by the first of the queue's rules that matches, else by the table of the protocol.
 ///
 /// Total over every kind and status. The arguments are those of [`after_verdict`].
 pub fn after_failure(
@@ -48,15 +57,93 @@ pub fn after_failure(
 ) -> Decision {
     let why = failure.to_string();
     if failure.kind == ErrorKind::Cancelled {
-        return Decision { settlement: Settlement::Release, stop_queue: None };
+        return Decision { settlement: Settlement::Release, stop_queue: None, hold: None };
+    }
+    let budget = Budget { recovery, tries, age };
+    let hold = hold(recovery, failure);
+    let number = budget.failures();
+    if let Some(rule) = recovery.rules.iter().find(|rule| rule.matches.is_for(failure, number)) {
+        return Decision { hold, ..by_rule(&rule.action, budget, failure, why, chance) };
     }
     let gone = failure.status == Some(410);
     let stop_queue = gone.then(|| "the handler answered 410 Gone".to_owned());
     if !worth_a_retry(recovery, failure) {
-        return Decision { settlement: Settlement::DeadLetter { reason: why }, stop_queue };
+        return Decision { settlement: Settlement::DeadLetter { reason: why }, stop_queue, hold };
     }
-    let settlement = retry(recovery, tries, age, failure.retry_after, &why, chance);
-    Decision { settlement, stop_queue }
+    let wait = Wait { ours: None, theirs: failure.retry_after };
+    Decision { settlement: budget.retry(wait, &why, chance), stop_queue, hold }
+}
+
+/// What follows a failure of a delivery that was made to see whether the handler is well again: where it is not,
+/// nothing is counted, so that no message dies of an outage, but of its age. The arguments are those of
+/// [`after_verdict`].
+pub fn after_probe(
+    recovery: &Recovery,
+    failure: &Failure,
+    tries: Tries,
+    age: Duration,
+    chance: f64,
+) -> Decision {
+    // Asked as if there were no end of attempts, so that only a rule or its age can end it.
+    let unlimited = Recovery { max_attempts: u32::MAX, ..recovery.clone() };
+    let decision = after_failure(&unlimited, failure, tries, age, chance);
+    match decision.settlement {
+        Settlement::Retry { after } if says_ill(failure) => {
+            Decision { settlement: Settlement::Postpone { after }, ..decision }
+        }
+        _ => after_failure(recovery, failure, tries, age, chance),
+    }
+}
+
+/// Whether a failure says that the handler is ill, and not that it does not like the message.
+pub fn says_ill(failure: &Failure) -> bool {
+    match (failure.kind, failure.status) {
+        (ErrorKind::Status, status) => status.is_some_and(|it| it == 429 || it >= 500),
+        (
+            ErrorKind::Dns
+            | ErrorKind::Connect
+            | ErrorKind::Tls
+            | ErrorKind::Timeout
+            | ErrorKind::Reset
+            | ErrorKind::Handler,
+            _,
+        ) => true,
+        (
+            ErrorKind::TooLarge
+            | ErrorKind::Malformed
+            | ErrorKind::Panic
+            | ErrorKind::Cancelled
+            | ErrorKind::AddressRefused
+            | ErrorKind::LeaseLost,
+            _,
+        ) => false,
+    }
+}
+
+/// For how long the handler wants nobody to ask it: with 429 and 503 it speaks for all messages.
+fn hold(recovery: &Recovery, failure: &Failure) -> Option<Duration> {
+    let for_all = matches!(failure.status, Some(429 | 503));
+    let wait = failure.retry_after.filter(|wait| for_all && !wait.is_zero())?;
+    Some(wait.min(recovery.retry_after_max))
+}
+
+fn by_rule(
+    action: &Action,
+    budget: Budget<'_>,
+    failure: &Failure,
+    why: String,
+    chance: f64,
+) -> Decision {
+    let theirs = failure.retry_after;
+    let stop_queue = (*action == Action::StopQueue).then(|| format!("a rule stops it on {why}"));
+    let settlement = match action {
+        Action::Retry { delay } => budget.retry(Wait { ours: *delay, theirs }, &why, chance),
+        Action::StopQueue => budget.retry(Wait { ours: None, theirs }, &why, chance),
+        Action::DeadLetter => Settlement::DeadLetter { reason: why },
+        Action::Discard => Settlement::Discard { reason: why },
+        Action::Move { to_queue } => Settlement::Move { to_queue: to_queue.clone(), reason: why },
+    };
+    Decision { settlement, stop_queue, hold: None }
 }
 
 fn worth_a_retry(recovery: &Recovery, failure: &Failure) -> bool {
@@ -84,34 +171,67 @@ fn worth_a_retry(recovery: &Recovery, failure: &Failure) -> bool {
     }
 }
 
-/// Retries at once, then with backoff, and sets aside what has used up its failures or its time.
-fn retry(
-    recovery: &Recovery,
+/// What a message may still use up.
+#[derive(Debug, Clone, Copy)]
+struct Budget<'a> {
+    recovery: &'a Recovery,
     tries: Tries,
     age: Duration,
-    asked_for: Option<Duration>,
-    why: &str,
-    chance: f64,
-) -> Settlement {
-    let failures = tries.failures.saturating_add(1);
-    if failures >= recovery.max_attempts {
-        let reason = format!("failed {failures} times, the last time with {why}");
-        return Settlement::DeadLetter { reason };
-    }
-    if age >= recovery.max_age {
-        let reason = format!("older than recovery.max_age, and failed with {why}");
-        return Settlement::DeadLetter { reason };
-    }
-    let ours = match failures.checked_sub(recovery.immediate + 1) {
-        None => Duration::ZERO,
-        Some(retry) => backoff::wait(&recovery.backoff, retry, chance),
-    };
-    let theirs = asked_for.unwrap_or_default().min(recovery.retry_after_max);
-    Settlement::Retry { after: ours.max(theirs) }
 }
+
+/// What is said of a wait; what is `None` says nothing.
+#[derive(Debug, Clone, Copy)]
+struct Wait {
+    /// By a rule, in place of the backoff.
+    ours: Option<Duration>,
+    /// By the handler, at least.
+    theirs: Option<Duration>,
+}
+
+impl Budget<'_> {
+    /// How many deliveries have failed, this one too.
+    fn failures(self) -> u32 {
+        self.tries.failures.saturating_add(1)
+    }
+
+    /// Retries at once, then with backoff, and sets aside what has used up its failures or its time.
+    fn retry(self, wait: Wait, why: &str, chance: f64) -> Settlement {
+        let Self { recovery, age, .. } = self;
+        let failures = self.failures();
+        if failures >= recovery.max_attempts {
+            let reason = format!("failed {failures} times, the last time with {why}");
+            return Settlement::DeadLetter { reason };
+        }
+        if age >= recovery.max_age {
+            let reason = format!("older than recovery.max_age, and failed with {why}");
+            return Settlement::DeadLetter { reason };
+        }
+        let backoff = || match failures.checked_sub(recovery.immediate + 1) {
+            None => Duration::ZERO,
+            Some(retry) => backoff::wait(&recovery.backoff, retry, chance),
+        };
+        let ours = wait.ours.unwrap_or_else(backoff);
+        let theirs = wait.theirs.unwrap_or_default().min(recovery.retry_after_max);
+        let late = match recovery.backoff.jitter {
+            Jitter::Full | Jitter::Bounded => {
+                theirs.mul_f64(SPREAD).min(SPREAD_MAX).mul_f64(chance)
+            }
+            Jitter::None => Duration::ZERO,
+        };
+        Settlement::Retry { after: ours.max(theirs + late) }
+    }
+}
+
+/// By which part of what a handler asked for messages are late at most: all that it turned away in one moment
+/// would come back in one moment otherwise.
+const SPREAD: f64 = 0.1;
+/// By how much they are late at most.
+const SPREAD_MAX: Duration = Duration::from_secs(60);
 
 #[cfg(test)]
 mod tests {
+    use crate::model::{Match, QueueName, Rule};
+
     use super::*;
 
     fn status(status: u16) -> Failure {
@@ -160,9 +280,62 @@ mod tests {
     fn retry_after_is_never_undercut_and_capped() {
         let asked =
             |seconds| Failure { retry_after: Some(Duration::from_secs(seconds)), ..status(503) };
-        let after = |seconds| decide(&asked(seconds), 0).settlement;
-        assert_eq!(after(60), Settlement::Retry { after: Duration::from_secs(60) });
-        assert_eq!(after(u64::MAX), Settlement::Retry { after: Duration::from_secs(3600) });
+        let after = |seconds, chance| {
+            let recovery = Recovery::default();
+            let tries = Tries::default();
+            match after_failure(&recovery, &asked(seconds), tries, Duration::ZERO, chance)
+                .settlement
+            {
+                Settlement::Retry { after } => after.as_secs(),
+                other => panic!("{other:?}"),
+            }
+        };
+        assert_eq!(
+            (after(60, 0.0), after(60, 0.5)),
+            (60, 63),
+            "spread, so that not all come at once"
+        );
+        assert_eq!(
+            (after(u64::MAX, 0.0), after(u64::MAX, 0.999)),
+            (3600, 3659),
+            "the spread is over a minute at most"
+        );
+    }
+
+    #[test]
+    fn the_first_rule_that_matches_counts_before_the_table() {
+        let rule = |status: &str, action| Rule {
+            matches: Match { status: vec![status.parse().unwrap()], ..Match::default() },
+            action,
+        };
+        let to_queue = QueueName::parse("elsewhere").unwrap();
+        let delay = Some(Duration::from_secs(7));
+        let rules = vec![
+            rule("404", Action::DeadLetter),
+            rule("4xx", Action::Retry { delay }),
+            rule("500", Action::StopQueue),
+            rule("501", Action::Discard),
+            rule("502", Action::Move { to_queue: to_queue.clone() }),
+        ];
+        let recovery = Recovery { rules, ..Recovery::default() };
+        let decide = |code, failures| {
+            let tries = Tries { failures, ..Tries::default() };
+            after_failure(&recovery, &status(code), tries, Duration::ZERO, 0.5)
+        };
+        assert!(matches!(decide(404, 0).settlement, Settlement::DeadLetter { .. }));
+        assert_eq!(decide(400, 0).settlement, Settlement::Retry { after: Duration::from_secs(7) });
+        assert_eq!(decide(410, 0).stop_queue, None, "a rule takes the place of the whole row");
+        assert!(
+            matches!(decide(400, 11).settlement, Settlement::DeadLetter { .. }),
+            "within its budget"
+        );
+        let stops = decide(500, 0);
+        assert!(matches!(stops.settlement, Settlement::Retry { .. }) && stops.stop_queue.is_some());
+        assert!(matches!(decide(501, 0).settlement, Settlement::Discard { .. }));
+        assert!(
+            matches!(decide(502, 0).settlement, Settlement::Move { to_queue: to, .. } if to == to_queue)
+        );
+        assert!(matches!(decide(503, 0).settlement, Settlement::Retry { .. }), "else by the table");
     }
 
     #[test]

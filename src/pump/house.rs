@@ -15,13 +15,14 @@ use tokio_util::task::TaskTracker;
 
 use crate::clock::{Clock, SystemClock};
 use crate::deliver::{self, Connector, Handler};
-use crate::model::{self, NewMessage, QueueName, ReplicaName, RunState, Stopped};
+use crate::model::{self, GuardChange, NewMessage, QueueName, ReplicaName, RunState, Stopped};
 use crate::store::{
     self, CEILING_DEFAULT, Enqueue, EnqueueOutcome, Enqueued, Precondition, PutQueue, Store,
 };
 use crate::telemetry::metrics;
 
 use super::QueuePump;
+use super::care::Care;
 use super::embed::Queue;
 use super::gate::Gate;
 use super::keeper;
@@ -116,6 +117,7 @@ pub(super) struct House {
     /// Handlers in this program, by queue.
     pub(super) services: HashMap<QueueName, Handler>,
     pub(super) ceiling: Arc<Gate>,
+    pub(super) care: Arc<Care>,
     known: Mutex<Known>,
     pumps: Mutex<BTreeMap<QueueName, Arc<QueuePump>>>,
     /// Pumps of queues that were deleted while something of them was open. Locked after `pumps`.
@@ -172,6 +174,7 @@ impl Pumphouse {
     /// Starts a queue, now and after every restart. `false` where there is none. Twice does no harm.
     pub async fn start_queue(&self, queue: &QueueName) -> store::Result<bool> {
         let found = self.0.store.set_run_state(Some(queue), RunState::Running, None).await?;
+        self.0.store.guard(queue, GuardChange::Lifted).await?;
         self.0.line_up().await?;
         Ok(found)
     }
@@ -187,6 +190,14 @@ impl Pumphouse {
     ) -> store::Result<Option<StopReport>> {
         let (found, report) = self.0.stop(Some(queue), stop).await?;
         Ok(found.then_some(report))
+    }
+
+    /// Has a queue's handler asked again, whatever it or its breaker said.
+    pub async fn lift(&self, queue: &QueueName) -> store::Result<()> {
+        if self.0.store.guard(queue, GuardChange::Lifted).await?.is_some() {
+            self.0.line_up().await?;
+        }
+        Ok(())
     }
 
     /// Starts the whole pump: every queue that is not stopped itself.
@@ -309,6 +320,7 @@ impl Builder {
             connector: deliver::connector(),
             services: self.queues.into_iter().map(|queue| (queue.name, queue.handler)).collect(),
             ceiling: Gate::new(CEILING_DEFAULT),
+            care: Arc::default(),
             known: Mutex::new(known),
             pumps: Mutex::default(),
             gone: Mutex::default(),

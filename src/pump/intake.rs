@@ -11,6 +11,7 @@ use crate::model::{Leased, ReplicaName};
 use crate::policy::{self, Usual};
 use crate::store::{self, Claim, Taker};
 
+use super::pace::LOOK;
 use super::round::{Mode, Round};
 use super::{Held, QueuePump};
 
@@ -90,7 +91,8 @@ impl QueuePump {
             let held = self.held.load(Ordering::Relaxed);
             let room = wanted.saturating_sub(held).min(policy::LEASE_BATCH_MAX);
             if room == 0 || (held > 0 && room < (wanted / 2).min(policy::LEASE_BATCH_MAX)) {
-                self.gate.moved().await;
+                // A rate limit lets more start without anything having happened.
+                let _ = tokio::time::timeout(self.patience(), self.gate.moved()).await;
             } else if self.swap_held(held, held + room) {
                 return room;
             }
@@ -108,7 +110,13 @@ impl QueuePump {
         };
         let ceiling = self.ceiling.limit();
         let ahead = policy::prefetch(self.gate.limit().min(ceiling), usual);
-        self.gate.free().min(ceiling as usize) + ahead
+        let wanted = self.gate.free().min(ceiling as usize) + ahead;
+        self.can_start().map_or(wanted, |can_start| wanted.min(can_start))
+    }
+
+    fn patience(&self) -> Duration {
+        let limited = self.setup().settings.rate_limit.is_some();
+        if limited { LOOK } else { Duration::MAX }
     }
 
     fn swap_held(&self, from: usize, to: usize) -> bool {

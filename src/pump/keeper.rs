@@ -68,6 +68,10 @@ fn count_expired(swept: &Swept) {
         metrics::expired(queue).increment(*count);
         tracing::info!(%queue, count, "messages expired");
     }
+    for (queue, count) in &swept.set_aside {
+        metrics::dead(queue).increment(*count);
+        tracing::info!(%queue, count, "dead letters, because they expired");
+    }
 }
 
 /// Logs what went wrong, and says how long to wait before trying again.

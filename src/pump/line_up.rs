@@ -1,14 +1,17 @@
 //! Brings the pumps of this process in line with what the store wants: which queues there are, how they
 //! are set, who is stopped. Whenever something changed, and, if a word of it was lost, within a second.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
+use jiff::Timestamp;
 use tokio::sync::Semaphore;
 
 use crate::deliver::{self, Surroundings};
-use crate::model::{self, QueueName, QueueRecord, QueueSettings, RunState, Stopped};
+use crate::model::{
+    self, Breaker, Guard, GuardChange, QueueName, QueueRecord, QueueSettings, RunState, Stopped,
+};
 use crate::store;
 use crate::telemetry::metrics::QueueMeters;
 
@@ -126,10 +129,14 @@ impl House {
         for queue in &mut queues {
             let state = std::mem::take(&mut queue.state);
             queue.state = self.start_if_time(Some(&queue.name), state).await?;
+            queue.guard =
+                self.try_again_if_time(&queue.name, std::mem::take(&mut queue.guard)).await?;
         }
         self.ceiling.set_limit(pump.ceiling);
         let timed = |state: &RunState| matches!(state, RunState::Stopped(stopped) if stopped.until.is_some());
-        let timed_pauses = timed(&state) || queues.iter().any(|queue| timed(&queue.state));
+        let guarded = |queue: &QueueRecord| queue.guard.changes_at(Timestamp::MIN).is_some();
+        let waits = |queue: &QueueRecord| timed(&queue.state) || guarded(queue);
+        let timed_pauses = timed(&state) || queues.iter().any(waits);
         {
             let mut known = self.known();
             known.state = state.clone();
@@ -140,6 +147,11 @@ impl House {
             self.line_up_queue(queue);
         }
         // Gates are moved before anything new is started behind them.
+        for queue in &queues {
+            if let Some(pump) = self.lock_pumps().get(&queue.name) {
+                pump.set_guard(&queue.guard, queue.settings.breaker.as_ref());
+            }
+        }
         let attended = self.attend(false).await?;
         for queue in &queues {
             if let Some(pump) = self.lock_pumps().get(&queue.name)
@@ -169,6 +181,15 @@ impl House {
         }
     }
 
+    /// Lets some deliveries through a breaker that was open for long enough.
+    async fn try_again_if_time(&self, queue: &QueueName, guard: Guard) -> store::Result<Guard> {
+        if !matches!(guard.breaker, Breaker::Open { .. }) {
+            return Ok(guard);
+        }
+        // The store looks at its clock, and does nothing before the time.
+        Ok(self.store.guard(queue, GuardChange::TimeIsUp).await?.unwrap_or(guard))
+    }
+
     /// Stops the pumps of queues that are gone, and keeps those that still have something open.
     fn drop_missing(&self, queues: &[QueueRecord]) {
         let mut pumps = self.lock_pumps();
@@ -194,7 +215,7 @@ impl House {
                 let setup = self.setup(&queue.name, &queue.settings, &pump.meters);
                 *pump.setup.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(setup);
                 // Narrowed at once; widened only once the share is known.
-                let limit = queue.settings.concurrency.limit;
+                let limit = queue.settings.concurrency.most();
                 pump.gate.set_limit(pump.gate.limit().min(limit));
             }
             return;
@@ -209,7 +230,13 @@ impl House {
             meters,
             gate: Gate::new(0),
             ceiling: Arc::clone(&self.ceiling),
+            care: Arc::clone(&self.care),
             setup: RwLock::new(Arc::new(setup)),
+            guarding: Mutex::default(),
+            pace: Mutex::default(),
+            share: AtomicU32::new(0),
+            neighbours: AtomicU32::new(0),
+            replicas: AtomicUsize::new(1),
             rounds: Mutex::default(),
             held: AtomicUsize::new(0),
             late: AtomicBool::new(false),

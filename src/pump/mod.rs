@@ -9,17 +9,20 @@
 //!     └──────────── room ◀── gate ◀────┘
 //! ```
 
+mod care;
 mod embed;
+mod guarding;
 mod gate;
 mod house;
 mod intake;
 mod keeper;
 mod line_up;
+mod pace;
 mod round;
 mod settler;
 mod shares;
 
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -37,7 +40,10 @@ use crate::policy::{self, Decision};
 use crate::store::{Settle, Store};
 use crate::telemetry::metrics::QueueMeters;
 
+use care::Care;
 use gate::{Gate, Slot};
+use guarding::Guarding;
+use pace::Pace;
 use round::{Mode, Round};
 
 pub use embed::Queue;
@@ -54,7 +60,16 @@ struct QueuePump {
     gate: Arc<Gate>,
     /// How many of all queues.
     ceiling: Arc<Gate>,
+    care: Arc<Care>,
     setup: RwLock<Arc<Setup>>,
+    guarding: Mutex<Guarding>,
+    pace: Mutex<Pace>,
+    /// This process' share of the limit, before anything else bounds it.
+    share: AtomicU32,
+    /// How many other queues are handled in this process.
+    neighbours: AtomicU32,
+    /// How many processes there are.
+    replicas: AtomicUsize,
     rounds: Mutex<Vec<Arc<Round>>>,
     /// Leased and not yet started.
     held: AtomicUsize,
@@ -75,10 +90,12 @@ struct Setup {
     handler: Option<Handler>,
 }
 
-/// A place behind the queue's gate and one behind the ceiling, given back together.
+/// A place behind the queue's gate, one behind the ceiling, and one among those that are approached with care;
+/// given back together.
 struct Slots {
     _queue: Slot,
     _ceiling: Slot,
+    _care: care::Place,
 }
 
 impl QueuePump {
@@ -92,18 +109,23 @@ impl QueuePump {
         while let Some(Held { leased: next, since }) = next(&mut leased, &round).await {
             learn(&self.usual_size, next.message.body.len() as u64);
             let setup = self.setup();
-            let slots = self.enter_in_time(&next, since, &setup, &round).await;
-            if self.held.fetch_sub(1, Ordering::Relaxed) == 1 {
-                self.gate.nudge(); // the intake waits for this, or for much more
-            }
+            let Some(care) = self.approach(&next, setup.settings.recovery.max_crashes) else {
+                self.hold_no_longer();
+                round.tasks.spawn(Arc::clone(&self).let_wait(next, Arc::clone(&round)));
+                continue;
+            };
+            let slots = self.enter_in_time(&next, since, &setup, &round, care).await;
+            self.hold_no_longer();
+            let expired = is_expired(&next, since);
             match (slots, &setup.handler) {
-                (Some(slots), Some(_)) if !round.closed.is_cancelled() => {
+                (Some(slots), Some(_)) if !round.closed.is_cancelled() && !expired => {
                     let carry = Arc::clone(&self).carry(next, slots, setup, Arc::clone(&round));
                     round.tasks.spawn(carry);
                 }
-                // Not started: stopped meanwhile, held for too long, or too little of the lease is left.
+                // Not started: stopped meanwhile, held for too long, expired while it was held, or too
+                // little of the lease is left.
                 _ => {
-                    if !round.closed.is_cancelled() {
+                    if !round.closed.is_cancelled() && !expired {
                         self.late.store(true, Ordering::Relaxed);
                         // What was usual no longer is: hold nothing ahead until deliveries say otherwise.
                         self.usual.store(HELD_MAX.as_micros() as u64, Ordering::Relaxed);
@@ -112,6 +134,12 @@ impl QueuePump {
                     self.gate.nudge();
                 }
             }
+        }
+    }
+
+    fn hold_no_longer(&self) {
+        if self.held.fetch_sub(1, Ordering::Relaxed) == 1 {
+            self.gate.nudge(); // the intake waits for this, or for much more
         }
     }
 
@@ -124,11 +152,14 @@ impl QueuePump {
         round: Arc<Round>,
     ) {
         let started = (Instant::now(), self.clock.now());
+        let probes = self.guarding().is_probing();
         self.meters.queue_wait_seconds.record(wait(&leased));
 
         let outcome = self.deliver(&leased, &setup, &round).await;
         let was_cut = matches!(&outcome, Err(failure) if failure.kind == ErrorKind::Cancelled);
-        let decision = self.judge(&leased, &setup, started.0, &outcome);
+        let decision = self.judge(&leased, &setup, started.0, &outcome, probes);
+        self.learn_pace(started.0.elapsed(), &outcome, &setup.settings);
+        let change = self.heed(&outcome, &decision, &setup.settings);
         let record = self.record(&leased, started, &decision.settlement, &outcome);
         let took = u64::try_from(started.0.elapsed().as_micros()).unwrap_or(u64::MAX);
         learn(&self.usual, took.max(1));
@@ -146,7 +177,11 @@ impl QueuePump {
             delivery: Some(record),
             sent: Vec::new(),
         };
-        self.settle(settle, &round).await;
+        let settled = self.settle(settle, &round);
+        match change {
+            Some(change) => drop(tokio::join!(settled, self.tell_guard(change))),
+            None => settled.await,
+        }
         if let Some(reason) = decision.stop_queue {
             self.stop_for(reason).await;
         }
@@ -161,13 +196,14 @@ impl QueuePump {
         since: Instant,
         setup: &Setup,
         round: &Round,
+        care: care::Place,
     ) -> Option<Slots> {
         let (lease, timeout) = (setup.settings.lease(), setup.settings.timeout());
         let needed = timeout + (lease.saturating_sub(timeout) / 2).min(SETTLE_TIME);
         let patience = || next.lease.left(Instant::now()).checked_sub(needed);
         let held = HELD_MAX.saturating_sub(since.elapsed());
         let held = if round.mode == Mode::UrgentOnly { patience()? } else { held };
-        let entered = tokio::time::timeout(patience()?, self.enter(held));
+        let entered = tokio::time::timeout(patience()?, self.enter(held, care));
         let slots = round.closed.run_until_cancelled(entered).await?.ok()??;
         // Looked at again: a process that stood still finds both the place and the end of its patience.
         patience().map(|_| slots)
@@ -175,10 +211,12 @@ impl QueuePump {
 
     /// The queue's own gate first, so that a queue that is full waits without holding a place that
     /// another queue could use. Waits there for at most `patience`; looks at least once.
-    async fn enter(&self, patience: Duration) -> Option<Slots> {
+    async fn enter(&self, patience: Duration, care: care::Place) -> Option<Slots> {
         let queue = tokio::time::timeout(patience, self.gate.enter()).await.ok()?;
+        // Before the ceiling, so that who waits for its turn holds no place that another queue could use.
+        self.in_turn().await;
         let ceiling = self.ceiling.enter().await;
-        Some(Slots { _queue: queue, _ceiling: ceiling })
+        Some(Slots { _queue: queue, _ceiling: ceiling, _care: care })
     }
 
     async fn deliver(
@@ -206,6 +244,7 @@ impl QueuePump {
         setup: &Setup,
         started: Instant,
         outcome: &Result<Answer, Failure>,
+        probes: bool,
     ) -> Decision {
         let recovery = &setup.settings.recovery;
         // Two readings of the database's clock and one span of ours, because ours may be wrong.
@@ -214,6 +253,9 @@ impl QueuePump {
         match outcome {
             Ok(answer) => {
                 policy::after_verdict(recovery, answer.verdict.clone(), leased.tries, age, chance)
+            }
+            Err(failure) if probes => {
+                policy::after_probe(recovery, failure, leased.tries, age, chance)
             }
             Err(failure) => policy::after_failure(recovery, failure, leased.tries, age, chance),
         }
@@ -293,6 +335,12 @@ const SETTLE_TIME: Duration = Duration::from_millis(500);
 /// How long a message was due before its lease, by the database's clock.
 fn wait(leased: &Leased) -> Duration {
     since(leased.due_at, leased.leased_at)
+}
+
+/// Whether a message has expired that came to this process `since` then, by the database's clock at least.
+fn is_expired(leased: &Leased, since: Instant) -> bool {
+    let now = leased.leased_at.checked_add(since.elapsed()).unwrap_or(Timestamp::MAX);
+    leased.message.head.expires_at.is_some_and(|expires_at| expires_at <= now)
 }
 
 fn since(earlier: Timestamp, later: Timestamp) -> Duration {

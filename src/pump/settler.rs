@@ -85,7 +85,11 @@ impl QueuePump {
                 self.meters.dead.increment(1);
                 tracing::warn!(queue = %self.queue, message = %settle.lease.id, "dead letter");
             }
-            Settlement::Retry { .. } | Settlement::Discard { .. } | Settlement::Release => (),
+            Settlement::Retry { .. }
+            | Settlement::Postpone { .. }
+            | Settlement::Discard { .. }
+            | Settlement::Move { .. }
+            | Settlement::Release => (),
         }
     }
 

@@ -1,6 +1,7 @@
 //! This process' share of every limit, and its sign of life to the others.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::model::{Outcome, Scope, State};
@@ -43,10 +44,14 @@ impl House {
         self.heard(asked);
         count_reaped(&attended.reaped);
         let replicas = attended.replicas.len().max(1);
+        let handled = pumps.iter().filter(|pump| pump.setup().handler.is_some()).count();
+        let neighbours = u32::try_from(handled.saturating_sub(1)).unwrap_or(u32::MAX);
         let mut waiting = false;
         for ((pump, want), share) in pumps.iter().zip(&wants).zip(&attended.shares) {
-            pump.gate.set_limit(*share);
-            pump.meters.limit.set(f64::from(*share));
+            pump.guarding().tell_time(attended.now, asked);
+            pump.replicas.store(replicas, Ordering::Relaxed);
+            pump.neighbours.store(neighbours, Ordering::Relaxed);
+            pump.move_gate(*share);
             // It has still to get a share, or to show that it gave one up.
             waiting |= (*share as usize) < want.limit as usize / replicas
                 || want.shared && *share < want.open;
@@ -100,10 +105,12 @@ impl House {
 impl QueuePump {
     fn want(self: &Arc<Self>) -> Want {
         let concurrency = self.setup().settings.concurrency.clone();
+        let guarding = self.guarding();
         Want {
             queue: self.queue.clone(),
-            limit: concurrency.limit,
-            shared: concurrency.scope == Scope::Cluster,
+            limit: guarding.limit(concurrency.most()),
+            // One breaker over all replicas lets through so many over all.
+            shared: concurrency.scope == Scope::Cluster || guarding.is_probing(),
             // Up to its limit more may be opened before the answer is here.
             open: self.gate.open().max(self.gate.limit()),
         }

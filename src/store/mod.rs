@@ -17,6 +17,7 @@
 
 mod counting;
 mod handover;
+mod upkeep;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod place;
 mod news;
@@ -38,11 +39,12 @@ use jiff::Timestamp;
 
 use crate::clock::Clock;
 use crate::model::{
-    DeliveryRecord, Idempotency, Lease, Leased, MessageId, NewMessage, QueueName, QueueRecord,
-    QueueSettings, Record, ReplicaName, RunState, Settlement, State, When,
+    DeliveryRecord, Guard, GuardChange, Idempotency, Lease, Leased, MessageId, NewMessage,
+    QueueName, QueueRecord, QueueSettings, Record, ReplicaName, RunState, Settlement, State, When,
 };
 
 use counting::count_enqueued;
+use upkeep::EXPIRED;
 
 pub use handover::{Handover, Taker};
 pub use memory::Memory;
@@ -53,6 +55,7 @@ use place::{NewLease, Place};
 pub use postgres::Postgres;
 #[cfg(feature = "sqlite")]
 pub use sqlite::Sqlite;
+pub use upkeep::{Attendance, Attended, Promoted, Reaped, Swept, Want};
 
 /// What a store promises. See the [module](self) for what holds for every method.
 #[async_trait]
@@ -176,6 +179,10 @@ pub trait Store: Debug + Send + Sync + 'static {
         state: RunState,
         from: Option<RunState>,
     ) -> Result<bool>;
+
+    /// Tells what happened to a queue's guard; gives what became of it, by the database's clock, or `None` where
+    /// nothing did ([`Guard::after`]) or there is no such queue.
+    async fn guard(&self, queue: &QueueName, change: GuardChange) -> Result<Option<Guard>>;
 
     /// Whether the whole pump is to run, and its ceiling over all queues.
     async fn pump(&self) -> Result<PumpRecord>;
@@ -303,80 +310,6 @@ pub enum Settled {
     },
     /// The lease was somebody else's by then: nothing was written.
     LeaseLost,
-}
-
-/// What came due.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Promoted {
-    /// How many.
-    pub count: usize,
-    /// How long until the next one is due; `None` where nothing is scheduled.
-    pub next: Option<Duration>,
-}
-
-/// A lease that was taken back.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Reaped {
-    /// Of which message.
-    pub id: MessageId,
-    /// Of which queue.
-    pub queue: QueueName,
-    /// [`State::Ready`] or [`State::Dead`].
-    pub state: State,
-}
-
-/// What was forgotten.
-#[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub struct Swept {
-    /// Messages that expired, by queue.
-    pub expired: Vec<(QueueName, u64)>,
-    /// Messages past their retention.
-    pub deleted: u64,
-    /// Idempotency keys past their window.
-    pub keys: u64,
-    /// Whether some limit was reached, so that it is worth asking again at once.
-    pub more: bool,
-}
-
-/// A process reporting itself.
-#[derive(Debug, Clone)]
-pub struct Attendance {
-    /// Its name.
-    pub replica: ReplicaName,
-    /// A random number that changes with every start of the process.
-    pub incarnation: i64,
-    /// How long it counts as alive without another report.
-    pub good_for: Duration,
-    /// For each queue that it pumps: limit, whether it is shared, and how many deliveries it has open.
-    pub wants: Vec<Want>,
-    /// Whether it is leaving: gives up its shares and is forgotten.
-    pub leaving: bool,
-}
-
-/// What a process would like to have open of one queue.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Want {
-    /// Which queue.
-    pub queue: QueueName,
-    /// The queue's limit.
-    pub limit: u32,
-    /// Whether the limit is over all replicas.
-    pub shared: bool,
-    /// How many this process has open now.
-    pub open: u32,
-}
-
-/// What a process may do until it reports again.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Attended {
-    /// For each want, in order: how many deliveries may be open here.
-    pub shares: Vec<u32>,
-    /// Leases of dead processes that were taken back, as by [`Store::reap`].
-    pub reaped: Vec<Reaped>,
-    /// The names of the processes that are alive, this one too.
-    pub replicas: Vec<ReplicaName>,
-    /// A number that changes whenever a queue or the pump is changed.
-    pub revision: i64,
 }
 
 /// Which messages. What is `None` does not restrict.
@@ -583,6 +516,11 @@ pub async fn open(url: &str, clock: Arc<dyn Clock>) -> Result<Arc<dyn Store>> {
             Err(Error::Refused { what: what.to_owned() })
         }
     }
+}
+
+/// Why a message is dead that was to be moved to a queue which is not there.
+fn target_gone(reason: &str, to_queue: &QueueName) -> String {
+    format!("{reason}; the queue {to_queue}, to which a rule moves it, is gone")
 }
 
 /// What was refused, and at which place.

@@ -62,6 +62,7 @@ metrics! {
     IN_FLIGHT = "pumphouse_in_flight", Gauge, Count, ["queue"], "Deliveries open in this process.";
     LIMIT = "pumphouse_concurrency_limit", Gauge, Count, ["queue"], "How many deliveries may be open at once in this process.";
     PUMP_RUNNING = "pumphouse_pump_running", Gauge, Count, ["queue"], "1 while the queue is pumped, 0 while it is stopped.";
+    BREAKER_STATE = "pumphouse_breaker_state", Gauge, Count, ["queue"], "0 while the breaker is closed, 1 while it is half-open, 2 while it is open.";
     STORE_COMMIT_SECONDS = "pumphouse_store_commit_seconds", Histogram, Seconds, ["operation"], "How long a transaction of the store took.";
     STORE_BATCH_SIZE = "pumphouse_store_batch_size", Histogram, Count, ["operation"], "How many calls shared one transaction.";
     HTTP_REQUESTS = "pumphouse_http_requests_total", Counter, Count, ["route", "method", "status"], "Requests answered.";
@@ -99,6 +100,8 @@ pub struct QueueMeters {
     pub limit: Gauge,
     /// [`Metric`] `pumphouse_pump_running`.
     pub running: Gauge,
+    /// [`Metric`] `pumphouse_breaker_state`.
+    pub breaker: Gauge,
     deliveries: [Counter; Outcome::ALL.len()],
 }
 
@@ -117,6 +120,7 @@ impl QueueMeters {
             in_flight: gauge!(IN_FLIGHT, "queue" => name.clone()),
             limit: gauge!(LIMIT, "queue" => name.clone()),
             running: gauge!(PUMP_RUNNING, "queue" => name.clone()),
+            breaker: gauge!(BREAKER_STATE, "queue" => name.clone()),
             deliveries: Outcome::ALL.map(delivery),
         }
     }

@@ -11,6 +11,7 @@ mod http;
 mod journey;
 mod gate;
 mod crash;
+mod recovery;
 mod snapshots;
 mod tidy;
 mod cli;

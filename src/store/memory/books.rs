@@ -12,8 +12,8 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 use crate::model::{
-    DeliveryRecord, MessageId, QueueName, QueueSettings, Record, ReplicaName, RunState, State,
-    Token,
+    DeliveryRecord, Guard, MessageId, QueueName, QueueSettings, Record, ReplicaName, RunState,
+    State, Token,
 };
 
 use super::super::{CEILING_DEFAULT, News, PumpRecord, Receipt};
@@ -65,6 +65,7 @@ pub(super) struct Hold {
 pub(super) struct Queue {
     pub(super) settings: QueueSettings,
     pub(super) state: RunState,
+    pub(super) guard: Guard,
     /// Ready messages in the order of lease.
     pub(super) ready: BTreeSet<Place>,
     counts: [u64; State::ALL.len()],
@@ -267,7 +268,8 @@ impl Queue {
     /// An empty queue that runs.
     pub(super) fn new(settings: QueueSettings) -> Self {
         let counts = [0; State::ALL.len()];
-        Self { settings, state: RunState::Running, ready: BTreeSet::new(), counts }
+        let (state, guard) = (RunState::Running, Guard::default());
+        Self { settings, state, guard, ready: BTreeSet::new(), counts }
     }
 
     /// How many of its messages are in this state.

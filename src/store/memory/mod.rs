@@ -24,8 +24,8 @@ use jiff::Timestamp;
 
 use crate::clock::Clock;
 use crate::model::{
-    DeliveryRecord, Lease, Leased, MessageId, QueueName, QueueRecord, QueueSettings, Record,
-    RunState,
+    DeliveryRecord, Guard, GuardChange, Lease, Leased, MessageId, QueueName, QueueRecord,
+    QueueSettings, Record, RunState,
 };
 
 use super::{
@@ -110,7 +110,7 @@ impl Store for Memory {
     }
 
     async fn attend(&self, attendance: Attendance) -> Result<Attended> {
-        Ok(self.alone(|books, _| books.attend(&attendance)))
+        Ok(self.alone(|books, now| books.attend(&attendance, now)))
     }
 
     async fn message(&self, id: MessageId) -> Result<Option<(Record, Vec<DeliveryRecord>)>> {
@@ -178,6 +178,10 @@ impl Store for Memory {
         from: Option<RunState>,
     ) -> Result<bool> {
         Ok(self.alone(|books, _| books.set_run_state(queue, state, from.as_ref())))
+    }
+
+    async fn guard(&self, queue: &QueueName, change: GuardChange) -> Result<Option<Guard>> {
+        Ok(self.alone(|books, now| books.guard(queue, &change, now)))
     }
 
     async fn pump(&self) -> Result<PumpRecord> {

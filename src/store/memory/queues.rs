@@ -1,6 +1,8 @@
 //! Queues, and whether they and the pump are to run.
 
-use crate::model::{QueueName, QueueRecord, QueueSettings, RunState, State};
+use jiff::Timestamp;
+
+use crate::model::{Guard, GuardChange, QueueName, QueueRecord, QueueSettings, RunState, State};
 
 use super::super::{DeleteQueue, Precondition, PutQueue};
 use super::books::{Books, Queue};
@@ -11,8 +13,13 @@ impl Books {
     }
 
     pub(super) fn queue(&self, name: &QueueName) -> Option<QueueRecord> {
-        let Queue { settings, state, .. } = self.queues.get(name)?;
-        Some(QueueRecord { name: name.clone(), settings: settings.clone(), state: state.clone() })
+        let Queue { settings, state, guard, .. } = self.queues.get(name)?;
+        Some(QueueRecord {
+            name: name.clone(),
+            settings: settings.clone(),
+            state: state.clone(),
+            guard: guard.clone(),
+        })
     }
 
     pub(super) fn put_queue(
@@ -25,13 +32,12 @@ impl Books {
             return PutQueue::PreconditionFailed;
         }
         self.settings_changed();
-        let record = |state| QueueRecord { name: name.clone(), settings: settings.clone(), state };
-        if let Some(queue) = self.queues.get_mut(name) {
-            queue.settings = settings.clone();
-            return PutQueue::Replaced(record(queue.state.clone()));
+        let known = self.queues.get_mut(name).map(|queue| queue.settings = settings.clone());
+        if known.is_none() {
+            self.queues.insert(name.clone(), Queue::new(settings));
         }
-        self.queues.insert(name.clone(), Queue::new(settings.clone()));
-        PutQueue::Created(record(RunState::Running))
+        let record = self.queue(name).expect("it was put there a moment ago");
+        if known.is_some() { PutQueue::Replaced(record) } else { PutQueue::Created(record) }
     }
 
     pub(super) fn delete_queue(
@@ -74,6 +80,19 @@ impl Books {
         *stands = state;
         self.settings_changed();
         true
+    }
+
+    pub(super) fn guard(
+        &mut self,
+        name: &QueueName,
+        change: &GuardChange,
+        now: Timestamp,
+    ) -> Option<Guard> {
+        let queue = self.queues.get_mut(name)?;
+        queue.guard = queue.guard.after(change, now)?;
+        let guard = queue.guard.clone();
+        self.settings_changed();
+        Some(guard)
     }
 
     pub(super) fn set_ceiling(&mut self, ceiling: u32) {

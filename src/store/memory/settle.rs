@@ -2,9 +2,9 @@
 
 use jiff::Timestamp;
 
-use crate::model::{NewMessage, Settlement, State};
+use crate::model::{NewMessage, Settlement, State, Tries};
 
-use super::super::{Enqueued, Error, Result, Settle, Settled};
+use super::super::{Enqueued, Error, Result, Settle, Settled, target_gone};
 use super::books::{Books, Row, after, since};
 
 impl Books {
@@ -16,6 +16,12 @@ impl Books {
         if settlement == Settlement::Ack {
             self.send(sent, now)?;
         }
+        let settlement = match settlement {
+            Settlement::Move { to_queue, reason } if !self.queues.contains_key(&to_queue) => {
+                Settlement::DeadLetter { reason: target_gone(&reason, &to_queue) }
+            }
+            other => other,
+        };
         self.change(lease.seq, |row| {
             row.settle(settlement, now);
             delivery.into_iter().for_each(|delivery| row.remember(delivery));
@@ -45,11 +51,18 @@ impl Row {
                 self.record.tries.failures += 1;
                 self.wait(after(now, pause), now);
             }
+            Settlement::Postpone { after: pause } => self.wait(after(now, pause), now),
             Settlement::DeadLetter { reason } => {
                 self.record.tries.failures += 1;
                 self.end(State::Dead, Some(reason), now);
             }
             Settlement::Discard { reason } => self.end(State::Discarded, Some(reason), now),
+            Settlement::Move { to_queue, .. } => {
+                self.record.head.queue = to_queue;
+                self.record.tries =
+                    Tries { attempts: self.record.tries.attempts, ..Tries::default() };
+                self.wait(now, now);
+            }
             // It keeps its due time, so that it goes first again; the attempt keeps its number, so
             // that no number is used twice.
             Settlement::Release => {

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use jiff::Timestamp;
 
-use crate::model::{DeliveryRecord, ErrorKind, Outcome, QueueName, State};
+use crate::model::{DeliveryRecord, ErrorKind, OnExpiry, Outcome, QueueName, State};
 
-use super::super::{Attendance, Attended, Promoted, Reaped, Swept};
+use super::super::{Attendance, Attended, EXPIRED, Promoted, Reaped, Swept};
 use super::books::{Books, Hold, Row, after, since};
 
 impl Books {
@@ -38,12 +38,20 @@ impl Books {
     pub(super) fn sweep(&mut self, max: usize, now: Timestamp) -> Swept {
         let expired = self.choose(max, |row| row.record.state.waits() && row.is_expired(now));
         let mut by_queue = BTreeMap::<QueueName, u64>::new();
+        let mut set_aside = by_queue.clone();
         for seq in &expired {
-            let queue = self.change(*seq, |row| {
-                row.end(State::Expired, None, now);
-                row.record.head.queue.clone()
-            });
-            queue.into_iter().for_each(|queue| *by_queue.entry(queue).or_default() += 1);
+            let Some(queue) = self.row(*seq).map(|row| row.record.head.queue.clone()) else {
+                continue;
+            };
+            match self.queues[&queue].settings.on_expiry {
+                OnExpiry::Expire => self.change(*seq, |row| row.end(State::Expired, None, now)),
+                OnExpiry::DeadLetter => {
+                    *set_aside.entry(queue.clone()).or_default() += 1;
+                    let why = Some(EXPIRED.to_owned());
+                    self.change(*seq, |row| row.end(State::Dead, why, now))
+                }
+            };
+            *by_queue.entry(queue).or_default() += 1;
         }
         let kept_too_long = self.choose(max, |row| self.is_past_retention(row, now));
         for seq in &kept_too_long {
@@ -52,6 +60,7 @@ impl Books {
         let keys = self.forget_keys(max, now);
         Swept {
             expired: by_queue.into_iter().collect(),
+            set_aside: set_aside.into_iter().collect(),
             deleted: kept_too_long.len() as u64,
             keys: keys as u64,
             more: [expired.len(), kept_too_long.len(), keys].contains(&max),
@@ -59,7 +68,7 @@ impl Books {
     }
 
     /// With one process alone, each share is what was asked for, and nobody else can have died.
-    pub(super) fn attend(&self, attendance: &Attendance) -> Attended {
+    pub(super) fn attend(&self, attendance: &Attendance, now: Timestamp) -> Attended {
         let share = |limit| if attendance.leaving { 0 } else { limit };
         let present = (!attendance.leaving).then(|| attendance.replica.clone());
         Attended {
@@ -67,6 +76,7 @@ impl Books {
             reaped: Vec::new(),
             replicas: present.into_iter().collect(),
             revision: self.revision,
+            now,
         }
     }
 

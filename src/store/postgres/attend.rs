@@ -73,7 +73,7 @@ where share.slots <> excluded.slots";
 
 // Lives on: the primary key of pump.
 const REVISION: &str = "\
-select revision
+select revision, now_micros() as now
 from pump
 where id = 1";
 
@@ -159,8 +159,9 @@ async fn report(
     query(FORGET_DEAD).execute(&mut *connection).await?;
     let replicas = alive(connection).await?;
     let shares = shares(connection, attendance, &replicas).await?;
-    let revision = query_scalar(REVISION).fetch_one(connection).await?;
-    Ok(Attended { shares, reaped: Vec::new(), replicas, revision })
+    let row = query(REVISION).fetch_one(connection).await?;
+    let (revision, now) = (row.try_get("revision")?, rows::moment(row.try_get("now")?)?);
+    Ok(Attended { shares, reaped: Vec::new(), replicas, revision, now })
 }
 
 async fn alive(connection: &mut PgConnection) -> sqlx::Result<Vec<ReplicaName>> {

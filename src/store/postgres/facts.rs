@@ -3,7 +3,7 @@
 //! Keys are put down first and asked about afterwards, because that is how the second of two
 //! transactions with the same key waits for the first.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
 
 use sqlx::postgres::PgRow;
@@ -212,7 +212,7 @@ impl Facts {
         messages: &[&NewMessage],
     ) -> sqlx::Result<Self> {
         let names = sorted_names(messages);
-        query(ENTER).bind(LOCK_NAMES).bind(&names).execute(&mut *connection).await?;
+        enter(connection, &names).await?;
         let count = i32::try_from(messages.len()).unwrap_or(i32::MAX);
         let asked = Instant::now();
         let rows = query(SITUATION).bind(count).bind(&names).fetch_all(connection).await?;
@@ -345,6 +345,22 @@ impl Facts {
         let answer = queue.filter(|_| seq != 0).map(|(name, _)| receipt(row, name.clone()));
         Ok(Known { fingerprint: bytes(row.try_get("fingerprint")?)?, answer: answer.transpose()? })
     }
+}
+
+/// Keeps these queues from being deleted until the end of the transaction.
+pub(super) async fn lock_names<'a>(
+    connection: &mut PgConnection,
+    queues: impl Iterator<Item = &'a QueueName>,
+) -> sqlx::Result<()> {
+    let names = queues.map(QueueName::as_str).collect::<BTreeSet<_>>();
+    if names.is_empty() {
+        return Ok(());
+    }
+    enter(connection, &names.into_iter().collect::<Vec<_>>()).await
+}
+
+async fn enter(connection: &mut PgConnection, names: &[&str]) -> sqlx::Result<()> {
+    query(ENTER).bind(LOCK_NAMES).bind(names).execute(connection).await.map(drop)
 }
 
 /// The names of the messages' queues, each once, in one order everywhere, so that nobody who locks them waits

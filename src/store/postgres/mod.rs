@@ -36,8 +36,8 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::model::{
-    DeliveryRecord, Lease, Leased, MessageId, QueueName, QueueRecord, QueueSettings, Record,
-    ReplicaName, RunState,
+    DeliveryRecord, Guard, GuardChange, Lease, Leased, MessageId, QueueName, QueueRecord,
+    QueueSettings, Record, ReplicaName, RunState,
 };
 
 use super::{
@@ -256,6 +256,10 @@ impl Store for Postgres {
         from: Option<RunState>,
     ) -> Result<bool> {
         queues::set_run_state(self, queue, state, from).await
+    }
+
+    async fn guard(&self, queue: &QueueName, change: GuardChange) -> Result<Option<Guard>> {
+        queues::guard(self, queue, change).await
     }
 
     async fn pump(&self) -> Result<PumpRecord> {

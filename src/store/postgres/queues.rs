@@ -3,7 +3,7 @@
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row, query, query_scalar};
 
-use crate::model::{QueueName, QueueRecord, QueueSettings, RunState};
+use crate::model::{Guard, GuardChange, OnExpiry, QueueName, QueueRecord, QueueSettings, RunState};
 
 use super::super::{DeleteQueue, Precondition, PumpRecord, PutQueue, Result};
 use super::Postgres;
@@ -14,19 +14,19 @@ use super::rows;
 
 // Lives on: queue_name_key.
 const QUEUES: &str = "\
-select name, settings, state
+select name, settings, state, guard
 from queue
 order by name";
 
 // Lives on: queue_name_key.
 const QUEUE: &str = "\
-select name, settings, state
+select name, settings, state, guard
 from queue
 where name = $1";
 
 // Lives on: queue_name_key. Locks the queue against other changes.
 const LOCK_QUEUE: &str = "\
-select id, name, settings, state
+select id, name, settings, state, guard, now_micros() as now
 from queue
 where name = $1
 for update";
@@ -34,9 +34,10 @@ for update";
 // Lives on: queue_name_key.
 const INSERT_QUEUE: &str = "\
 insert into queue (
-    settings, max_messages, max_crashes, dedup_window, retention_completed, retention_dead, state, name
+    settings, max_messages, max_crashes, dedup_window, retention_completed, retention_dead,
+    dead_on_expiry, state, name
 )
-values ($1, $2, $3, $4, $5, $6, $7, $8)";
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9)";
 
 // Lives on: queue_name_key.
 const UPDATE_QUEUE: &str = "\
@@ -47,13 +48,20 @@ set settings = $1,
     dedup_window = $4,
     retention_completed = $5,
     retention_dead = $6,
-    state = $7
-where name = $8";
+    dead_on_expiry = $7,
+    state = $8
+where name = $9";
 
 // Lives on: queue_name_key.
 const SET_QUEUE_STATE: &str = "\
 update queue
 set state = $2
+where name = $1";
+
+// Lives on: queue_name_key.
+const SET_QUEUE_GUARD: &str = "\
+update queue
+set guard = $2
 where name = $1";
 
 // Locks a queue's name against messages that are being taken in.
@@ -119,6 +127,7 @@ pub(super) const STATEMENTS: &[&str] = &[
     INSERT_QUEUE,
     UPDATE_QUEUE,
     SET_QUEUE_STATE,
+    SET_QUEUE_GUARD,
     LOCK_NAME,
     LOCK_PUMP,
     HAS_MESSAGES,
@@ -188,8 +197,9 @@ async fn put(
     if !precondition.holds(etag.as_deref()) {
         return Ok(PutQueue::PreconditionFailed);
     }
-    let state = old.as_ref().map(|old| old.state.clone()).unwrap_or_default();
-    let statement = if old.is_some() { UPDATE_QUEUE } else { INSERT_QUEUE };
+    let known = old.is_some();
+    let (state, guard) = old.map(|old| (old.state, old.guard)).unwrap_or_default();
+    let statement = if known { UPDATE_QUEUE } else { INSERT_QUEUE };
     query(statement)
         .bind(json(&settings))
         .bind(settings.max_messages.map(|max| i64::try_from(max).unwrap_or(i64::MAX)))
@@ -197,13 +207,14 @@ async fn put(
         .bind(rows::span(settings.dedup_window))
         .bind(rows::span(settings.retention.completed))
         .bind(rows::span(settings.retention.dead))
+        .bind(settings.on_expiry == OnExpiry::DeadLetter)
         .bind(json(&state))
         .bind(name.as_str())
         .execute(&mut *connection)
         .await?;
     query(COUNT_REVISION).execute(connection).await?;
-    let record = QueueRecord { name, settings, state };
-    Ok(if old.is_some() { PutQueue::Replaced(record) } else { PutQueue::Created(record) })
+    let record = QueueRecord { name, settings, state, guard };
+    Ok(if known { PutQueue::Replaced(record) } else { PutQueue::Created(record) })
 }
 
 pub(super) async fn delete_queue(
@@ -296,6 +307,43 @@ async fn stands(
     Ok(stands.map(|row| run_state(row.try_get("state")?)).transpose()?)
 }
 
+pub(super) async fn guard(
+    store: &Postgres,
+    queue: &QueueName,
+    change: GuardChange,
+) -> Result<Option<Guard>> {
+    let queue = queue.clone();
+    let guard = store
+        .hands
+        .transact(move |connection: &mut PgConnection| {
+            let (queue, change) = (queue.clone(), change.clone());
+            Box::pin(async move { change_guard(connection, &queue, &change).await })
+        })
+        .await?;
+    if guard.is_some() {
+        store.herald.tell(Word::of_settings());
+    }
+    Ok(guard)
+}
+
+async fn change_guard(
+    connection: &mut PgConnection,
+    queue: &QueueName,
+    change: &GuardChange,
+) -> Result<Option<Guard>, Trouble> {
+    let row = query(LOCK_QUEUE).bind(queue.as_str()).fetch_optional(&mut *connection).await?;
+    let Some(row) = row else { return Ok(None) };
+    let now = rows::moment(row.try_get("now")?)?;
+    let Some(guard) = guard_of(row.try_get("guard")?)?.after(change, now) else { return Ok(None) };
+    query(SET_QUEUE_GUARD)
+        .bind(queue.as_str())
+        .bind(json(&guard))
+        .execute(&mut *connection)
+        .await?;
+    query(COUNT_REVISION).execute(connection).await?;
+    Ok(Some(guard))
+}
+
 pub(super) async fn pump(store: &Postgres) -> Result<PumpRecord> {
     store
         .hands
@@ -341,7 +389,12 @@ fn record(row: &PgRow) -> sqlx::Result<QueueRecord> {
     let settings = serde_json::from_str(row.try_get("settings")?);
     let settings =
         settings.map_err(|_| unreadable(format!("the settings of queue {name} are unknown")))?;
-    Ok(QueueRecord { name, settings, state: run_state(row.try_get("state")?)? })
+    let state = run_state(row.try_get("state")?)?;
+    Ok(QueueRecord { name, settings, state, guard: guard_of(row.try_get("guard")?)? })
+}
+
+fn guard_of(text: &str) -> sqlx::Result<Guard> {
+    serde_json::from_str(text).map_err(|_| unreadable("a queue's guard is unknown"))
 }
 
 fn run_state(text: &str) -> sqlx::Result<RunState> {

@@ -4,17 +4,18 @@
 //! current one and the lease has not run out by the database's clock, and everything else follows from
 //! the leases it took.
 
+use std::borrow::Cow;
 use std::collections::BTreeMap;
 
 use futures::future::BoxFuture;
 use sqlx::postgres::PgRow;
 use sqlx::{Connection, PgConnection, Row, query};
 
-use crate::model::{DeliveryRecord, Lease, NewMessage, Settlement, State};
+use crate::model::{DeliveryRecord, Lease, NewMessage, QueueName, Settlement, State};
 
-use super::super::{Enqueued, Error, Settle, Settled};
+use super::super::{Enqueued, Error, Settle, Settled, target_gone};
 use super::enqueue::Plan;
-use super::facts::{Care, Facts};
+use super::facts::{Care, Facts, lock_names};
 use super::fault::Trouble;
 use super::news::Word;
 use super::rows;
@@ -40,7 +41,8 @@ impl Batch for Settles {
     ) -> BoxFuture<'c, Committed<Settled>> {
         Box::pin(async move {
             let rounds = rounds(calls);
-            if rounds.len() == 1 && calls.iter().all(|call| sent(call).is_empty()) {
+            let alone = |call: &&Settle| sent(call).is_empty() && target(call).is_none();
+            if rounds.len() == 1 && calls.iter().all(alone) {
                 // One statement is one transaction, and one round trip.
                 let (answers, word) = write(connection, calls, &rounds).await?;
                 return Ok(Done { answers, word, handed: Vec::new() });
@@ -63,6 +65,14 @@ fn sent(call: &Settle) -> &[NewMessage] {
     if call.settlement == Settlement::Ack { &call.sent } else { &[] }
 }
 
+/// Where this settlement moves its message.
+fn target(call: &Settle) -> Option<&QueueName> {
+    match &call.settlement {
+        Settlement::Move { to_queue, .. } => Some(to_queue),
+        _ => None,
+    }
+}
+
 async fn settle_and_send(
     connection: &mut PgConnection,
     calls: &[&Settle],
@@ -70,6 +80,8 @@ async fn settle_and_send(
     care: Care,
 ) -> Committed<Settled> {
     let mut transaction = connection.begin().await.map_err(Trouble::unbegun)?;
+    // Before anything else, so that no queue is deleted while messages come to it.
+    lock_names(&mut transaction, calls.iter().filter_map(|call| target(call))).await?;
     let (settled, mut word) = write(&mut transaction, calls, &rounds(calls)).await?;
     let valid = calls.iter().zip(&settled).filter(|(_, settled)| **settled != Settled::LeaseLost);
     let sent = valid.flat_map(|(call, _)| sent(call)).collect::<Vec<_>>();
@@ -247,8 +259,54 @@ select seq, now - enqueued_at as age, state = 0 and due_at > now as scheduled,
 from moved"
 );
 
+// Lives on: the primary keys of lease and message, and queue_name_key; then of ready or dead, and of delivery. For
+// one message at a time. Where the queue is gone, the message is dead in its own.
+const MOVE: &str = concat!(
+    fenced!(
+        "
+            $12::text[], $13::text[],",
+        "
+            to_queue, reason,"
+    ),
+    "\
+target as (
+    select id
+    from queue
+    where name = (select to_queue from fenced)
+),
+moved as (
+    update message
+    set queue_id = coalesce((select id from target), queue_id),
+        state = case when exists (select 1 from target) then 0 else 5 end,
+        attempts = attempts + 1,
+        failures = case when exists (select 1 from target) then 0 else failures + 1 end,
+        crashes = case when exists (select 1 from target) then 0 else crashes end,
+        due_at = case when exists (select 1 from target) then (select now from clock) else due_at end,
+        finished_at = case when not exists (select 1 from target) then (select now from clock) end,
+        reason = case when not exists (select 1 from target) then (select reason from fenced) end
+    where seq = (select seq from gone)
+    returning seq, queue_id, state, rank, due_at, expires_at, enqueued_at,
+        (select now from clock) as now
+),
+made_ready as (
+    insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
+    select queue_id, rank, due_at, seq, expires_at, false
+    from moved
+    where state = 0
+),
+died as (
+    insert into dead (seq, finished_at, queue_id)
+    select seq, now, queue_id
+    from moved
+    where state = 5
+)
+select seq, now - enqueued_at as age, false as scheduled,
+    case when state = 0 then (select name from queue where id = queue_id) end as ready
+from moved"
+);
+
 /// The statements of this file.
-pub(super) const STATEMENTS: &[&str] = &[ACK, SETTLE];
+pub(super) const STATEMENTS: &[&str] = &[ACK, SETTLE, MOVE];
 
 /// How many settlements that are no acks one statement takes.
 const OTHERS_MAX: usize = 100;
@@ -266,6 +324,7 @@ fn rounds(calls: &[&Settle]) -> Vec<Vec<usize>> {
             Some(first) if calls[*first].lease.token == lease.token => (),
             Some(_) => again.push(vec![place]),
             None if call.settlement == Settlement::Ack => drop(acks.insert(lease.seq, place)),
+            None if target(call).is_some() => again.push(vec![place]),
             None => drop(others.insert(lease.seq, place)),
         }
     }
@@ -309,37 +368,48 @@ fn tell(word: &mut Word, row: &PgRow) -> sqlx::Result<()> {
 
 type Statement = sqlx::query::Query<'static, sqlx::Postgres, sqlx::postgres::PgArguments>;
 
-/// The statement for settlements that are all acks, or none of them.
+/// The statement for settlements that are all acks, or none of them, or for one that moves its message.
 fn bind(calls: &[&Settle]) -> Statement {
     let all = || calls.iter();
     let deliveries = || all().map(|call| call.delivery.as_ref());
     let number = |delivery: &DeliveryRecord| delivery.number as i32;
     let status = |delivery: &DeliveryRecord| delivery.status.map(i32::from);
     let acks = all().all(|call| call.settlement == Settlement::Ack);
-    let statement = query(if acks { ACK } else { SETTLE })
-        .bind(all().map(|call| call.lease.seq).collect::<Vec<_>>())
-        .bind(all().map(|call| call.lease.token.0).collect::<Vec<_>>())
-        .bind(deliveries().map(|it| it.map(number)).collect::<Vec<_>>())
-        .bind(deliveries().map(|it| it.map(|it| text(it.replica.as_str()))).collect::<Vec<_>>())
-        .bind(deliveries().map(|it| it.map(|it| rows::micros(it.started_at))).collect::<Vec<_>>())
-        .bind(deliveries().map(|it| it.map(|it| rows::span(it.duration))).collect::<Vec<_>>())
-        .bind(deliveries().map(|it| it.map(|it| text(it.outcome.as_str()))).collect::<Vec<_>>())
-        .bind(deliveries().map(|it| it.and_then(status)).collect::<Vec<_>>())
-        .bind(
-            deliveries()
-                .map(|it| it?.error_kind.map(|kind| text(kind.as_str())))
-                .collect::<Vec<_>>(),
-        )
-        .bind(deliveries().map(|it| it?.error.as_deref().map(text)).collect::<Vec<_>>())
-        .bind(deliveries().map(|it| it.map(|it| it.answer.to_vec())).collect::<Vec<_>>());
+    let moves = all().any(|call| target(call).is_some());
+    let statement = query(if acks {
+        ACK
+    } else if moves {
+        MOVE
+    } else {
+        SETTLE
+    })
+    .bind(all().map(|call| call.lease.seq).collect::<Vec<_>>())
+    .bind(all().map(|call| call.lease.token.0).collect::<Vec<_>>())
+    .bind(deliveries().map(|it| it.map(number)).collect::<Vec<_>>())
+    .bind(deliveries().map(|it| it.map(|it| text(it.replica.as_str()))).collect::<Vec<_>>())
+    .bind(deliveries().map(|it| it.map(|it| rows::micros(it.started_at))).collect::<Vec<_>>())
+    .bind(deliveries().map(|it| it.map(|it| rows::span(it.duration))).collect::<Vec<_>>())
+    .bind(deliveries().map(|it| it.map(|it| text(it.outcome.as_str()))).collect::<Vec<_>>())
+    .bind(deliveries().map(|it| it.and_then(status)).collect::<Vec<_>>())
+    .bind(deliveries().map(|it| it?.error_kind.map(|kind| text(kind.as_str()))).collect::<Vec<_>>())
+    .bind(deliveries().map(|it| it?.error.as_deref().map(text)).collect::<Vec<_>>())
+    .bind(deliveries().map(|it| it.map(|it| it.answer.to_vec())).collect::<Vec<_>>());
     if acks {
         return statement;
+    }
+    if moves {
+        let gone = all().map(|call| reason(&call.settlement).map(|it| text(&it)));
+        return statement
+            .bind(
+                all().map(|call| target(call).map(|it| it.as_str().to_owned())).collect::<Vec<_>>(),
+            )
+            .bind(gone.collect::<Vec<_>>());
     }
     statement
         .bind(all().map(|call| state(&call.settlement).code()).collect::<Vec<_>>())
         .bind(all().map(|call| i32::from(is_failure(&call.settlement))).collect::<Vec<_>>())
         .bind(all().map(|call| wait(&call.settlement)).collect::<Vec<_>>())
-        .bind(all().map(|call| reason(&call.settlement).map(text)).collect::<Vec<_>>())
+        .bind(all().map(|call| reason(&call.settlement).map(|it| text(&it))).collect::<Vec<_>>())
 }
 
 /// Where the message goes; 0 for one that can still be delivered.
@@ -348,7 +418,10 @@ fn state(settlement: &Settlement) -> State {
         Settlement::Ack => State::Completed,
         Settlement::Discard { .. } => State::Discarded,
         Settlement::DeadLetter { .. } => State::Dead,
-        Settlement::Retry { .. } | Settlement::Release => State::Ready,
+        Settlement::Retry { .. }
+        | Settlement::Postpone { .. }
+        | Settlement::Move { .. }
+        | Settlement::Release => State::Ready,
     }
 }
 
@@ -359,18 +432,24 @@ fn is_failure(settlement: &Settlement) -> bool {
 /// How long until it is due again. What is released keeps its due time, so that it goes first again.
 fn wait(settlement: &Settlement) -> Option<i64> {
     match settlement {
-        Settlement::Retry { after } => Some(rows::span(*after)),
+        Settlement::Retry { after } | Settlement::Postpone { after } => Some(rows::span(*after)),
         Settlement::Ack
         | Settlement::Discard { .. }
         | Settlement::DeadLetter { .. }
+        | Settlement::Move { .. }
         | Settlement::Release => None,
     }
 }
 
-fn reason(settlement: &Settlement) -> Option<&str> {
+/// Why it ends, where it ends; of one that is moved, why it ends if there is no such queue.
+fn reason(settlement: &Settlement) -> Option<Cow<'_, str>> {
     match settlement {
-        Settlement::DeadLetter { reason } | Settlement::Discard { reason } => Some(reason),
-        Settlement::Ack | Settlement::Retry { .. } | Settlement::Release => None,
+        Settlement::DeadLetter { reason } | Settlement::Discard { reason } => Some(reason.into()),
+        Settlement::Move { to_queue, reason } => Some(target_gone(reason, to_queue).into()),
+        Settlement::Ack
+        | Settlement::Retry { .. }
+        | Settlement::Postpone { .. }
+        | Settlement::Release => None,
     }
 }
 

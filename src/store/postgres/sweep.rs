@@ -4,16 +4,19 @@
 
 use std::collections::BTreeMap;
 
-use sqlx::{PgConnection, query, query_scalar};
+use sqlx::postgres::PgRow;
+use sqlx::{PgConnection, Row, query, query_scalar};
 
-use super::super::{Result, Swept};
+use crate::model::QueueName;
+
+use super::super::{EXPIRED, Result, Swept};
 use super::Postgres;
 use super::fault::Trouble;
 use super::surgery::delete_gone;
 use super::upkeep::{counts, limit};
 
-/// Ends messages that waited longer than their sender wanted, given their numbers in `gone`.
-/// Lives on: the primary keys of message, ended and queue.
+/// Ends messages that waited longer than their sender wanted: as expired, or as dead letters for the reason
+/// `$2` where their queue asks for that. Lives on: the primary keys of message, ended, dead and queue.
 macro_rules! expire {
     ($table:literal) => {
         concat!(
@@ -35,22 +38,33 @@ gone as (
         limit $1
         for update skip locked
     ))
-    returning seq
+    returning seq,
+        coalesce((select dead_on_expiry from queue where queue.id = queue_id), false) as dead
 ),
 moved as (
     update message
-    set state = 6, finished_at = (select now from clock)
-    where seq = any(array(select seq from gone))
-    returning finished_at, seq, queue_id
+    set state = case when told.dead then 5 else 6 end,
+        reason = case when told.dead then $2 end,
+        finished_at = (select now from clock)
+    from unnest(array(select seq from gone), array(select dead from gone)) as told (seq, dead)
+    where message.seq = told.seq
+    returning finished_at, message.seq, queue_id, told.dead
+),
+died as (
+    insert into dead (seq, finished_at, queue_id)
+    select seq, finished_at, queue_id
+    from moved
+    where dead
 ),
 done as (
     insert into ended (finished_at, seq, queue_id)
     select finished_at, seq, queue_id
     from moved
+    where not dead
 )
-select (select name from queue where queue.id = moved.queue_id) as queue, count(*) as n
+select (select name from queue where queue.id = moved.queue_id) as queue, dead, count(*) as n
 from moved
-group by queue_id"
+group by queue_id, dead"
         )
     };
 }
@@ -294,13 +308,14 @@ pub(super) async fn sweep(store: &Postgres, max: usize) -> Result<Swept> {
 }
 
 async fn sweep_all(connection: &mut PgConnection, max: i64) -> Result<Swept, Trouble> {
-    let mut by_queue = BTreeMap::<_, u64>::new();
+    let (mut expired, mut set_aside) = (BTreeMap::new(), BTreeMap::new());
     let mut more = false;
     for statement in [EXPIRE_READY, EXPIRE_SCHEDULED] {
-        let expired = query(statement).bind(max).fetch_all(&mut *connection).await?;
-        let expired = counts(&expired)?;
-        more |= is_full(expired.values().sum::<u64>() as i64, max);
-        expired.into_iter().for_each(|(queue, n)| *by_queue.entry(queue).or_default() += n);
+        let ended = query(statement).bind(max).bind(EXPIRED);
+        let mut ended = ended.fetch_all(&mut *connection).await?;
+        more |= is_full(add(&mut expired, &ended)?, max);
+        ended.retain(|row| matches!(row.try_get("dead"), Ok(true)));
+        add(&mut set_aside, &ended)?;
     }
     let mut deleted = 0;
     for statement in [FORGET_ENDED, FORGET_DEAD] {
@@ -313,8 +328,21 @@ async fn sweep_all(connection: &mut PgConnection, max: i64) -> Result<Swept, Tro
     more |= is_full((keys + kept.rows_affected()) as i64, max);
     more |= clear_doomed(connection, max).await?;
     query(FOLD).execute(connection).await?;
-    let expired = by_queue.into_iter().filter_map(|(queue, n)| Some((queue?, n))).collect();
-    Ok(Swept { expired, deleted, keys, more })
+    let named = |counts: BTreeMap<Option<QueueName>, u64>| {
+        counts.into_iter().filter_map(|(queue, n)| Some((queue?, n))).collect()
+    };
+    let (expired, set_aside) = (named(expired), named(set_aside));
+    Ok(Swept { expired, set_aside, deleted, keys, more })
+}
+
+/// Adds up how many there are of each queue; returns how many there are in these rows.
+fn add(all: &mut BTreeMap<Option<QueueName>, u64>, rows: &[PgRow]) -> Result<i64, Trouble> {
+    let mut sum = 0;
+    for (queue, n) in counts(rows)? {
+        sum += n;
+        *all.entry(queue).or_default() += n;
+    }
+    Ok(i64::try_from(sum).unwrap_or(i64::MAX))
 }
 
 /// Deletes what is left of deleted queues; says whether there is more of it.

@@ -34,8 +34,8 @@ use sqlx::{query, query_scalar};
 
 use crate::clock::Clock;
 use crate::model::{
-    DeliveryRecord, Lease, Leased, MessageId, QueueName, QueueRecord, QueueSettings, Record,
-    RunState,
+    DeliveryRecord, Guard, GuardChange, Lease, Leased, MessageId, QueueName, QueueRecord,
+    QueueSettings, Record, RunState,
 };
 
 use super::{
@@ -242,6 +242,13 @@ impl Store for Sqlite {
                     queues::set_run_state(desk, queue.as_ref(), &state, from.as_ref()).await
                 })
             })
+            .await
+    }
+
+    async fn guard(&self, queue: &QueueName, change: GuardChange) -> Result<Option<Guard>> {
+        let queue = queue.clone();
+        self.writer
+            .errand(move |desk| Box::pin(async move { queues::guard(desk, &queue, &change).await }))
             .await
     }
 

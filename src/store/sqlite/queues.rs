@@ -3,7 +3,7 @@
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, SqliteExecutor, query, query_scalar};
 
-use crate::model::{QueueName, QueueRecord, QueueSettings, RunState};
+use crate::model::{Guard, GuardChange, QueueName, QueueRecord, QueueSettings, RunState};
 
 use super::super::{DeleteQueue, Precondition, PumpRecord, PutQueue};
 use super::desk::Desk;
@@ -12,13 +12,13 @@ use super::rows;
 
 // Lives on: queue, read whole; there are few.
 const ALL: &str = "\
-select id, name, settings, state
+select id, name, settings, state, guard
 from queue
 order by name";
 
 // Lives on: the unique index on the name of queue.
 const ONE: &str = "\
-select id, name, settings, state
+select id, name, settings, state, guard
 from queue
 where name = ?";
 
@@ -55,7 +55,8 @@ pub(super) async fn put(
     if !precondition.holds(etag.as_deref()) {
         return Ok(PutQueue::PreconditionFailed);
     }
-    let state = before.as_ref().map(|queue| queue.state.clone()).unwrap_or_default();
+    let is_new = before.is_none();
+    let (state, guard) = before.map(|queue| (queue.state, queue.guard)).unwrap_or_default();
     query(PUT)
         .bind(name.as_str().to_owned())
         .bind(text(&settings))
@@ -63,8 +64,7 @@ pub(super) async fn put(
         .execute(&mut desk.connection)
         .await?;
     changed(desk).await?;
-    let is_new = before.is_none();
-    let record = QueueRecord { name: name.clone(), settings, state };
+    let record = QueueRecord { name: name.clone(), settings, state, guard };
     Ok(if is_new { PutQueue::Created(record) } else { PutQueue::Replaced(record) })
 }
 
@@ -159,6 +159,35 @@ pub(super) async fn set_run_state(
     Ok(found)
 }
 
+// Lives on: the unique index on the name of queue.
+const QUEUE_GUARD: &str = "\
+select guard
+from queue
+where name = ?";
+
+// Lives on: the unique index on the name of queue.
+const SET_QUEUE_GUARD: &str = "\
+update queue
+set guard = ?
+where name = ?";
+
+/// Changes a queue's guard; says what has become of it, if anything.
+pub(super) async fn guard(
+    desk: &mut Desk,
+    name: &QueueName,
+    change: &GuardChange,
+) -> sqlx::Result<Option<Guard>> {
+    let found = query(QUEUE_GUARD).bind(name.as_str().to_owned());
+    let found = found.fetch_optional(&mut desk.connection).await?;
+    let now = rows::moment(desk.now)?;
+    let guard = found.as_ref().map(guard_of).transpose()?;
+    let Some(guard) = guard.and_then(|guard| guard.after(change, now)) else { return Ok(None) };
+    let set = query(SET_QUEUE_GUARD).bind(text(&guard)).bind(name.as_str().to_owned());
+    set.execute(&mut desk.connection).await?;
+    changed(desk).await?;
+    Ok(Some(guard))
+}
+
 // Lives on: the primary key of pump.
 const PUMP: &str = "\
 select state, ceiling
@@ -212,12 +241,18 @@ fn record(row: &SqliteRow) -> sqlx::Result<QueueRecord> {
         name: rows::queue_name(row.try_get("name")?)?,
         settings: settings.map_err(|_| unreadable("a queue's settings are unknown"))?,
         state: run_state(row)?,
+        guard: guard_of(row)?,
     })
 }
 
 fn run_state(row: &SqliteRow) -> sqlx::Result<RunState> {
     let state = serde_json::from_str(row.try_get("state")?);
     state.map_err(|_| unreadable("a state of run is unknown"))
+}
+
+fn guard_of(row: &SqliteRow) -> sqlx::Result<Guard> {
+    let guard = serde_json::from_str(row.try_get("guard")?);
+    guard.map_err(|_| unreadable("a queue's guard is unknown"))
 }
 
 fn text(value: &impl serde::Serialize) -> String {
@@ -236,6 +271,8 @@ pub(super) const STATEMENTS: &[&str] = &[
     QUEUE_STATE,
     SET_QUEUE_STATE,
     SET_PUMP_STATE,
+    QUEUE_GUARD,
+    SET_QUEUE_GUARD,
     PUMP,
     SET_CEILING,
     NEXT_REVISION,

@@ -1,14 +1,16 @@
 //! Writing what became of leased messages, where the lease still holds.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
 use sqlx::{Row, query};
 
 use crate::model::{DeliveryRecord, NewMessage, Settlement, State, Token};
 
-use super::super::{Enqueued, Error, Result, Settle, Settled};
+use super::super::{Enqueued, Error, Result, Settle, Settled, target_gone};
 use super::desk::{Desk, Held};
 use super::enqueue::Plan;
+use super::fault::of_one;
 use super::rows::{self, Insert, Rows, Statement};
 
 /// Settles one after the other, as if each were alone; what handlers sent goes into the plan.
@@ -87,11 +89,21 @@ fn decide<'a>(
     if settle.settlement == Settlement::Ack {
         send(desk, plan, &settle.sent)?;
     }
+    let target = match &settle.settlement {
+        Settlement::Move { to_queue, .. } => desk.queues.named(to_queue).map_err(of_one)?,
+        _ => None,
+    };
     // Out of the map: whoever comes second in this transaction has lost the lease.
     let message = held.remove(&lease.seq).expect("it was there a moment ago");
-    let state = changes.add(desk.now, lease.seq, &message, &settle.settlement);
     changes.deliveries.extend(settle.delivery.iter().map(|record| (lease.seq, record)));
-    desk.moved(message.queue_id, State::Leased, state);
+    if let Some(target) = target {
+        changes.moved.push((lease.seq, target.id));
+        desk.went(message.queue_id, State::Leased);
+        desk.came(target.id, State::Ready);
+    } else {
+        let state = changes.add(desk.now, lease.seq, &message, &settle.settlement);
+        desk.moved(message.queue_id, State::Leased, state);
+    }
     Ok(Settled::Done { age: rows::since(message.enqueued_at, desk.now) })
 }
 
@@ -118,14 +130,16 @@ fn send<'a>(desk: &mut Desk, plan: &mut Plan<'a>, sent: &'a [NewMessage]) -> Res
 struct Changes<'a> {
     acked: Vec<i64>,
     others: Vec<Other<'a>>,
+    /// Seq, and the number of the new queue.
+    moved: Vec<(i64, i64)>,
     deliveries: Vec<(i64, &'a DeliveryRecord)>,
 }
 
 /// What is no ack: seq, state, due time, failures to add, end, reason.
-type Other<'a> = (i64, i16, i64, i64, Option<i64>, Option<&'a str>);
+type Other<'a> = (i64, i16, i64, i64, Option<i64>, Option<Cow<'a, str>>);
 
 impl<'a> Changes<'a> {
-    /// Adds a settlement, and says in which state it leaves the message.
+    /// Adds a settlement, and says in which state it leaves the message. One that is to be moved has nowhere to go.
     fn add(&mut self, now: i64, seq: i64, held: &Held, settlement: &'a Settlement) -> State {
         let (state, due_at, failures, reason) = match settlement {
             Settlement::Ack => {
@@ -136,11 +150,19 @@ impl<'a> Changes<'a> {
                 let due_at = rows::after(now, *after);
                 (rows::waiting_state(due_at, now), due_at, 1, None)
             }
+            Settlement::Postpone { after } => {
+                let due_at = rows::after(now, *after);
+                (rows::waiting_state(due_at, now), due_at, 0, None)
+            }
             Settlement::DeadLetter { reason } => {
-                (State::Dead, held.due_at, 1, Some(reason.as_str()))
+                (State::Dead, held.due_at, 1, Some(Cow::from(reason)))
             }
             Settlement::Discard { reason } => {
-                (State::Discarded, held.due_at, 0, Some(reason.as_str()))
+                (State::Discarded, held.due_at, 0, Some(Cow::from(reason)))
+            }
+            Settlement::Move { to_queue, reason } => {
+                let reason = target_gone(reason, to_queue);
+                (State::Dead, held.due_at, 1, Some(Cow::from(reason)))
             }
             // It keeps its due time, so that it goes first again.
             Settlement::Release => (State::Ready, held.due_at, 0, None),
@@ -166,6 +188,14 @@ set state = settled.value ->> 1, due_at = settled.value ->> 2,
 from json_each(?) as settled
 where message.seq = settled.value ->> 0";
 
+// Lives on: the primary key of message. Leaves message_leased for message_ready, and message_listed of one queue for
+// that of the other.
+const MOVE: &str = "\
+update message
+set queue_id = moved.value ->> 1, state = 0, due_at = ?2, failures = 0, crashes = 0
+from json_each(?1) as moved
+where message.seq = moved.value ->> 0";
+
 async fn write(desk: &mut Desk, changes: Changes<'_>) -> sqlx::Result<()> {
     if !changes.acked.is_empty() {
         let acked = query(ACK).bind(rows::list(changes.acked)).bind(desk.now);
@@ -174,6 +204,10 @@ async fn write(desk: &mut Desk, changes: Changes<'_>) -> sqlx::Result<()> {
     if !changes.others.is_empty() {
         let others = query(SETTLE).bind(rows::json(&changes.others));
         others.execute(&mut desk.connection).await?;
+    }
+    if !changes.moved.is_empty() {
+        let moved = query(MOVE).bind(rows::json(&changes.moved)).bind(desk.now);
+        moved.execute(&mut desk.connection).await?;
     }
     record_deliveries(desk, &changes.deliveries).await
 }
@@ -213,5 +247,5 @@ fn bind_delivery(statement: Statement, (seq, record): &(i64, &DeliveryRecord)) -
 
 /// The statements of this file.
 pub(super) fn statements() -> impl Iterator<Item = &'static str> {
-    INSERT_DELIVERIES.statements().chain([HELD, ACK, SETTLE])
+    INSERT_DELIVERIES.statements().chain([HELD, ACK, SETTLE, MOVE])
 }

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use sqlx::{Row, query, query_scalar};
 
-use crate::model::{QueueName, State};
+use crate::model::{OnExpiry, QueueName, State};
 
 use super::super::Swept;
 use super::desk::Desk;
@@ -16,21 +16,26 @@ use super::{rows, surgery};
 /// Forgets what nobody needs, at most `max` of each kind.
 pub(super) async fn sweep(desk: &mut Desk, max: usize) -> sqlx::Result<Swept> {
     let more_of_doomed = clear_doomed(desk, max).await?;
-    let expired = expire(desk, max).await?;
+    let (expired, set_aside) = expire(desk, max).await?;
     let deleted = forget_messages(desk, max).await?;
     let (looked_at, keys) = forget_keys(desk, max).await?;
     give_back_pages(desk).await?;
-    let mut by_queue = BTreeMap::<QueueName, u64>::new();
-    for queue_id in &expired {
-        let queue = desk.queues.numbered(*queue_id).map(|queue| queue.name.clone());
-        queue.into_iter().for_each(|queue| *by_queue.entry(queue).or_default() += 1);
-    }
     Ok(Swept {
-        expired: by_queue.into_iter().collect(),
+        expired: by_queue(desk, &expired),
+        set_aside: by_queue(desk, &set_aside),
         deleted: deleted as u64,
         keys,
         more: more_of_doomed || [expired.len(), deleted, looked_at].contains(&max),
     })
+}
+
+fn by_queue(desk: &Desk, of: &[i64]) -> Vec<(QueueName, u64)> {
+    let mut by_queue = BTreeMap::<QueueName, u64>::new();
+    for queue_id in of {
+        let queue = desk.queues.numbered(*queue_id).map(|queue| queue.name.clone());
+        queue.into_iter().for_each(|queue| *by_queue.entry(queue).or_default() += 1);
+    }
+    by_queue.into_iter().collect()
 }
 
 // Lives on: doomed, read whole, then message_listed.
@@ -82,28 +87,38 @@ where expires_at <= ?1 and state in (0, 1) and queue_id in (select id from queue
 order by expires_at
 limit ?2";
 
-// Lives on: the primary key of message. Leaves the indexes of what waits for message_ended.
+// Lives on: the primary key of message. Leaves the indexes of what waits for message_ended or message_dead.
 const EXPIRE: &str = "\
 update message
-set state = 6, urgent = 0, finished_at = ?2
-where seq in (select value from json_each(?1))";
+set state = expired.value ->> 1, urgent = 0, finished_at = ?2, reason = expired.value ->> 2
+from json_each(?1) as expired
+where message.seq = expired.value ->> 0";
 
-/// Expires what waited too long, and says of which queue each was.
-async fn expire(desk: &mut Desk, max: usize) -> sqlx::Result<Vec<i64>> {
+/// Ends what waited too long; says of which queue each was, and of which each that is a dead letter now.
+async fn expire(desk: &mut Desk, max: usize) -> sqlx::Result<(Vec<i64>, Vec<i64>)> {
     let expired = query(EXPIRED).bind(desk.now).bind(limit(max));
-    let mut messages = Vec::new();
-    let mut queues = Vec::new();
+    let mut messages = Vec::<(i64, i16, Option<&str>)>::new();
+    let (mut queues, mut set_aside) = (Vec::new(), Vec::new());
     for row in expired.fetch_all(&mut desk.connection).await? {
-        messages.push(row.try_get("seq")?);
         let queue_id = row.try_get("queue_id")?;
-        desk.moved(queue_id, rows::state(row.try_get("state")?)?, State::Expired);
+        let queue = desk.queues.numbered(queue_id);
+        let on_expiry = queue.map_or(OnExpiry::Expire, |queue| queue.settings.on_expiry);
+        let (state, reason) = match on_expiry {
+            OnExpiry::Expire => (State::Expired, None),
+            OnExpiry::DeadLetter => {
+                set_aside.push(queue_id);
+                (State::Dead, Some(super::super::EXPIRED))
+            }
+        };
+        messages.push((row.try_get("seq")?, state.code(), reason));
+        desk.moved(queue_id, rows::state(row.try_get("state")?)?, state);
         queues.push(queue_id);
     }
     if !messages.is_empty() {
-        let expire = query(EXPIRE).bind(rows::list(messages)).bind(desk.now);
+        let expire = query(EXPIRE).bind(rows::json(&messages)).bind(desk.now);
         expire.execute(&mut desk.connection).await?;
     }
-    Ok(queues)
+    Ok((queues, set_aside))
 }
 
 // Lives on: message_ended, from the front of each of the states.

@@ -166,6 +166,7 @@ pub(super) async fn attend(desk: &mut Desk, attendance: &Attendance) -> sqlx::Re
         reaped,
         replicas: present.into_iter().collect(),
         revision: query_scalar(REVISION).fetch_one(&mut desk.connection).await?,
+        now: rows::moment(desk.now)?,
     })
 }
 

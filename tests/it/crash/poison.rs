@@ -13,6 +13,7 @@ use crate::support::{eventually, on_both};
 
 on_both! {
     a_message_that_kills_its_process_ends_as_a_dead_letter
+    those_that_were_open_beside_it_do_not_die_with_it
     a_row_that_cannot_be_read_becomes_a_dead_letter_and_the_next_is_delivered
 }
 
@@ -48,6 +49,43 @@ async fn a_message_that_kills_its_process_ends_as_a_dead_letter(database: Databa
     let dead = scene.client.all("/admin/v1/dead-letters?queue=q").await;
     assert_eq!(text(&dead[0], "/id"), deadly);
     assert!(!text(&dead[0], "/reason").is_empty(), "{dead:?}");
+}
+
+/// Without care, all that were open together come back together, and die together.
+async fn those_that_were_open_beside_it_do_not_die_with_it(database: Database) {
+    let mut scene = Scene::with_flags(database, &["--replica", "one"]).await;
+    let recovery = json!({"max_crashes": 6});
+    scene.queue_with("q", json!({"concurrency": {"limit": 16}, "recovery": recovery})).await;
+    scene.receiver.set(
+        "/q",
+        Mood::by(|delivery| match &delivery.body[..] {
+            b"deadly" => Mood::Hang,
+            _ => Mood::slow(Duration::from_millis(400)),
+        }),
+    );
+    scene.client.stop_queue("q", &json!({})).await;
+    let mut ids = Vec::new();
+    for number in 0..12 {
+        let body = if number == 5 { "deadly" } else { "harmless" };
+        ids.push(scene.client.send("q", body).await);
+    }
+    let deadly = ids.remove(5);
+    scene.client.start_queue("q").await;
+    for crash in 1..=6 {
+        eventually("it is delivered", async || {
+            scene.receiver.deliveries_of(&deadly).len() == crash
+        })
+        .await;
+        scene.process.kill_hard().await;
+        scene.restart().await;
+    }
+    eventually("it is dead", async || scene.client.state(&deadly).await == "dead").await;
+    for id in ids {
+        eventually("it is done", async || scene.client.state(&id).await == "completed").await;
+        let crashes = scene.receiver.deliveries_of(&id).len() - 1;
+        assert!(crashes <= 4, "the company gets smaller with each crash: {crashes}");
+    }
+    assert_eq!(scene.receiver.deliveries_of(&deadly).len(), 6);
 }
 
 async fn a_row_that_cannot_be_read_becomes_a_dead_letter_and_the_next_is_delivered(

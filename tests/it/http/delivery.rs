@@ -181,6 +181,22 @@ async fn retry_after_is_never_undercut_and_capped() {
 }
 
 #[tokio::test]
+async fn a_retry_after_that_says_nothing_is_a_retry_as_any_other() {
+    let scene = Scene::new().await;
+    let past = "Sun, 06 Nov 1994 08:49:37 GMT";
+    for value in ["soon", "", "NaN", "-5", "-1e300", "Infinity", "1e300x", "0", past] {
+        let reply = Reply::new(503).header("Retry-After", value);
+        after_one_answer(&scene, reply, "failed", "completed").await;
+    }
+    scene.queue_with("q", json!({"recovery": {"retry_after_max": "200ms"}})).await;
+    for value in ["1e300", "99999999999999999999999999", "18446744073709551616"] {
+        scene.receiver.set("/q", first(Reply::new(503).header("Retry-After", value)));
+        let id = scene.client.send("q", "x").await;
+        eventually(value, async || scene.client.state(&id).await == "completed").await;
+    }
+}
+
+#[tokio::test]
 async fn a_redirect_is_never_followed() {
     let scene = Scene::new().await;
     scene.queue("q").await;

@@ -11,14 +11,18 @@ use tokio_util::task::TaskTracker;
 
 use crate::support::client::{ask, number, text};
 use crate::support::process::{Database, Process};
-use crate::support::receiver::{Gate, Mood, Receiver};
+use crate::support::receiver::{Gate, Mood, Receiver, Reply};
 use crate::support::scene::{Scene, quick};
 use crate::support::{eventually, pass};
 
 #[tokio::test]
 async fn a_handler_that_misbehaves_is_retried_and_its_fault_named() {
     let scene = Scene::new().await;
+    let many = (0..200).fold(Reply::new(200), |reply, at| reply.header(&format!("x-{at}"), "y"));
+    let long = Reply::new(200).header("x-long", &"y".repeat(1 << 20));
     for (mood, kind) in [
+        (many.into(), "malformed"),
+        (long.into(), "malformed"),
         (Mood::Close, "reset"),
         (Mood::HalfAnswer, "reset"),
         (Mood::Garbage, "malformed"),

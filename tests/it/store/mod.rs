@@ -139,6 +139,7 @@ macro_rules! conformance {
             a_message_that_crashes_too_often_is_dead,
             failures_and_crashes_are_counted_apart,
             what_waits_too_long_expires,
+            what_expires_is_set_aside_if_its_queue_asks_for_it,
             what_is_leased_or_dead_does_not_expire,
             what_has_ended_is_deleted_after_its_retention,
             dead_letters_have_a_retention_of_their_own,

@@ -2,8 +2,9 @@
 
 use jiff::Timestamp;
 use pumphouse::model::{
-    Backoff, Builtin, Concurrency, Handler, HttpHandler, Jitter, QueueRecord, QueueSettings,
-    Recovery, Retention, RetryStatuses, RunState, Scope, Settlement, State, Stopped,
+    Action, Backoff, Bounds, Builtin, Concurrency, Curve, ErrorKind, Guard, Handler, HttpHandler,
+    Jitter, Match, OnExpiry, QueueRecord, QueueSettings, RateLimit, Recovery, Retention,
+    RetryStatuses, Rule, RunState, Scope, Settlement, State, Stopped,
 };
 use pumphouse::store::{CEILING_DEFAULT, DeleteQueue, Precondition, PumpRecord, PutQueue};
 use std::time::Duration;
@@ -18,7 +19,8 @@ pub(crate) async fn a_queue_is_what_was_put(stage: Stage) {
     assert_eq!(stage.store.queue(&name).await.unwrap(), None);
     for (round, settings) in [QueueSettings::default(), every_setting()].into_iter().enumerate() {
         let put = stage.store.put_queue(&name, settings.clone(), Precondition::None).await.unwrap();
-        let record = QueueRecord { name: name.clone(), settings, state: RunState::Running };
+        let guard = Guard::default();
+        let record = QueueRecord { name: name.clone(), settings, state: RunState::Running, guard };
         match put {
             PutQueue::Created(put) if round == 0 => assert_eq!(put, record),
             PutQueue::Replaced(put) if round == 1 => assert_eq!(put, record),
@@ -44,7 +46,8 @@ pub(crate) async fn replacing_settings_keeps_run_state_and_messages(stage: Stage
     let state = stopped();
     assert!(stage.store.set_run_state(Some(&name), state.clone(), None).await.unwrap());
     let put = stage.store.put_queue(&name, every_setting(), Precondition::None).await.unwrap();
-    let record = QueueRecord { name: name.clone(), settings: every_setting(), state };
+    let guard = Guard::default();
+    let record = QueueRecord { name: name.clone(), settings: every_setting(), state, guard };
     assert_eq!(put, PutQueue::Replaced(record.clone()));
     assert_eq!(stage.store.queue(&name).await.unwrap(), Some(record));
     assert_eq!(stage.state(id).await, Some(State::Ready));
@@ -236,15 +239,27 @@ fn every_setting() -> QueueSettings {
         timeout: Duration::from_millis(1234),
         headers: [("x-key".to_owned(), "a 'quoted' \"value\"".to_owned())].into(),
     };
+    let matches = Match {
+        status: vec!["5xx".parse().unwrap()],
+        error_kind: vec![ErrorKind::Timeout],
+        header: [("x-a".to_owned(), "b".to_owned())].into(),
+        attempt: Some("3-".parse().unwrap()),
+    };
     let settings = QueueSettings {
         handler: Handler::Http(http),
-        concurrency: Concurrency { limit: 3, scope: Scope::Replica },
+        concurrency: Concurrency {
+            limit: 3,
+            scope: Scope::Replica,
+            adaptive: Some(Bounds { min: 2, max: 4 }),
+        },
+        rate_limit: Some(RateLimit { limit: 70, period: Duration::from_secs(71), burst: 72 }),
         lease: Some(Duration::from_micros(7_000_001)),
         recovery: Recovery {
             immediate: 1,
             max_attempts: 5,
             max_crashes: 6,
             backoff: Backoff {
+                curve: Curve::Linear,
                 base: Duration::from_millis(10),
                 factor: 1.1,
                 max: Duration::from_secs(9),
@@ -253,10 +268,13 @@ fn every_setting() -> QueueSettings {
             max_age: Duration::from_secs(77),
             retry_after_max: Duration::from_secs(78),
             retry_statuses: RetryStatuses::All,
+            rules: vec![Rule { matches, action: Action::Retry { delay: Some(LONG) } }],
         },
+        breaker: None,
         dedup_window: Duration::from_secs(79),
         retention: Retention { completed: Duration::from_secs(80), dead: Duration::from_secs(81) },
         max_messages: Some(82),
+        on_expiry: OnExpiry::DeadLetter,
     };
     assert_ne!(settings.handler, Handler::Builtin { name: Builtin::Log });
     assert_eq!(settings.check(), Ok(()));

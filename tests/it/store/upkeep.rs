@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pumphouse::model::{ErrorKind, NewMessage, Outcome, Settlement, State, Tries, When};
+use pumphouse::model::{ErrorKind, NewMessage, OnExpiry, Outcome, Settlement, State, Tries, When};
 use pumphouse::store::{Attendance, Claim, Promoted, Reaped, Swept, Want};
 
 use crate::support::heard;
@@ -141,6 +141,31 @@ pub(crate) async fn what_waits_too_long_expires(stage: Stage) {
         assert!(record.finished_at.is_some());
     }
     assert_eq!(stage.state(kept).await, Some(State::Ready));
+}
+
+pub(crate) async fn what_expires_is_set_aside_if_its_queue_asks_for_it(stage: Stage) {
+    let queue = stage.queue_with("letters", |s| s.on_expiry = OnExpiry::DeadLetter).await;
+    let other = stage.queue("parcels").await;
+    let brief = |queue, body| NewMessage { expires: Some(When::In(SHORT)), ..message(queue, body) };
+    let ready = stage.send(brief(&queue, "ready")).await.id;
+    let scheduled = NewMessage { deliver: When::In(LONG), ..brief(&queue, "never due") };
+    let scheduled = stage.send(scheduled).await.id;
+    let elsewhere = stage.send(brief(&other, "elsewhere")).await.id;
+    stage.pass(SHORT).await;
+    let mut swept = stage.store.sweep(ALL).await.unwrap();
+    swept.expired.sort();
+    let expired = vec![(queue.clone(), 2), (other.clone(), 1)];
+    let set_aside = vec![(queue.clone(), 2)];
+    assert_eq!(swept, Swept { expired, set_aside, ..Swept::default() });
+    for id in [ready, scheduled] {
+        let record = stage.record(id).await;
+        assert_eq!(record.state, State::Dead);
+        let reason = record.reason.expect("it says why");
+        assert!(reason.contains("longer"), "{reason}");
+    }
+    assert_eq!(stage.state(elsewhere).await, Some(State::Expired));
+    assert_eq!(stage.depth(&queue).await.dead, 2);
+    assert_eq!(stage.store.sweep(ALL).await.unwrap(), Swept::default(), "dead, it expires no more");
 }
 
 pub(crate) async fn what_is_leased_or_dead_does_not_expire(stage: Stage) {

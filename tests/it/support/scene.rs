@@ -58,6 +58,7 @@ pub(crate) fn quick(url: &str, changes: Value) -> Value {
     let mut settings = json!({
         "handler": {"kind": "http", "url": url, "timeout": "5s"},
         "recovery": {"backoff": {"base": "10ms", "max": "50ms"}},
+        "breaker": null, // or ten failures in a row of a test would slow it down
     });
     merge(&mut settings, changes);
     settings

@@ -1,0 +1,89 @@
+//! What is asked and answered when a store is kept in order: what came due, what was taken back, what was
+//! forgotten, who is alive.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+
+use crate::model::{MessageId, QueueName, ReplicaName, State};
+
+/// What came due.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Promoted {
+    /// How many.
+    pub count: usize,
+    /// How long until the next one is due; `None` where nothing is scheduled.
+    pub next: Option<Duration>,
+}
+
+/// A lease that was taken back.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Reaped {
+    /// Of which message.
+    pub id: MessageId,
+    /// Of which queue.
+    pub queue: QueueName,
+    /// [`State::Ready`] or [`State::Dead`].
+    pub state: State,
+}
+
+/// Why a message is dead that expired in a queue that asks for that.
+pub(super) const EXPIRED: &str = "it waited longer than its sender wanted";
+
+/// What was forgotten.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Swept {
+    /// Messages that expired, by queue.
+    pub expired: Vec<(QueueName, u64)>,
+    /// Those of them that were set aside as dead letters, by queue.
+    pub set_aside: Vec<(QueueName, u64)>,
+    /// Messages past their retention.
+    pub deleted: u64,
+    /// Idempotency keys past their window.
+    pub keys: u64,
+    /// Whether some limit was reached, so that it is worth asking again at once.
+    pub more: bool,
+}
+
+/// A process reporting itself.
+#[derive(Debug, Clone)]
+pub struct Attendance {
+    /// Its name.
+    pub replica: ReplicaName,
+    /// A random number that changes with every start of the process.
+    pub incarnation: i64,
+    /// How long it counts as alive without another report.
+    pub good_for: Duration,
+    /// For each queue that it pumps: limit, whether it is shared, and how many deliveries it has open.
+    pub wants: Vec<Want>,
+    /// Whether it is leaving: gives up its shares and is forgotten.
+    pub leaving: bool,
+}
+
+/// What a process would like to have open of one queue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Want {
+    /// Which queue.
+    pub queue: QueueName,
+    /// The queue's limit.
+    pub limit: u32,
+    /// Whether the limit is over all replicas.
+    pub shared: bool,
+    /// How many this process has open now.
+    pub open: u32,
+}
+
+/// What a process may do until it reports again.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attended {
+    /// For each want, in order: how many deliveries may be open here.
+    pub shares: Vec<u32>,
+    /// Leases of dead processes that were taken back, as by [`Store::reap`].
+    pub reaped: Vec<Reaped>,
+    /// The names of the processes that are alive, this one too.
+    pub replicas: Vec<ReplicaName>,
+    /// A number that changes whenever a queue or the pump is changed.
+    pub revision: i64,
+    /// What the store's clock says.
+    pub now: Timestamp,
+}

@@ -1,0 +1,208 @@
+//! A handler that is ill, or wants to be left alone, is left alone; and asked again with care.
+
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+
+use crate::support::client::{number, text};
+use crate::support::process::{Database, Process};
+use crate::support::receiver::{Delivery, Mood, Reply};
+use crate::support::scene::Scene;
+use crate::support::{eventually, never_within, on_both, pass};
+
+on_both! {
+    a_dead_receiver_is_asked_a_few_times_and_no_message_dies_of_it
+    probes_ramp_up_until_it_closes
+    an_operator_closes_it
+    a_429_or_503_that_names_a_time_holds_the_whole_queue
+}
+
+/// A breaker that is quick enough to be watched.
+fn breaker(changes: Value) -> Value {
+    let mut settings = json!({
+        "breaker": {"failures": 5, "open_for": "1s", "max_open": "4s"},
+        "concurrency": {"limit": 4},
+        "recovery": {"max_attempts": 6},
+    });
+    for (name, value) in changes.as_object().expect("an object") {
+        settings[name] = value.clone();
+    }
+    settings
+}
+
+async fn a_dead_receiver_is_asked_a_few_times_and_no_message_dies_of_it(database: Database) {
+    let scene = Scene::on(database).await;
+    scene.receiver.set("/q", Mood::status(500));
+    scene.queue_with("q", breaker(json!({}))).await;
+    let began = Instant::now();
+    for number in 0..40 {
+        scene.client.send("q", number.to_string()).await;
+    }
+    eventually("it is open", async || state(&scene).await == "open").await;
+    // Open for 1, 2, 4 and 4 seconds: with one probe after each, and what was under way when it opened.
+    pass(Duration::from_secs(10)).await;
+    let asked = scene.receiver.count("/q");
+    let took = began.elapsed().as_secs();
+    assert!(asked >= 5 + 2, "there were probes: {asked} in {took} s");
+    assert!(asked <= 5 + 3 + 2 + took as usize / 4 + 1, "{asked} in {took} s");
+    println!("asked {asked} times in {took} s, with 40 messages waiting");
+    assert_eq!(
+        scene.client.metrics().await.value("pumphouse_breaker_state", &[("queue", "q")]) > 0.0,
+        true
+    );
+    scene.receiver.set("/q", Mood::ack());
+    eventually("all are completed", async || completed(&scene).await == 40).await;
+    let stats = scene.client.queue("q").await["stats"].clone();
+    assert_eq!(number(&stats, "/dead"), 0, "{stats}");
+    assert_eq!(state(&scene).await, "closed");
+}
+
+async fn probes_ramp_up_until_it_closes(database: Database) {
+    let scene = Scene::on(database).await;
+    scene.queue_with("q", breaker(json!({"concurrency": {"limit": 16}}))).await;
+    scene.receiver.set("/q", Mood::status(503));
+    for number in 0..60 {
+        scene.client.send("q", number.to_string()).await;
+    }
+    eventually("it is open", async || state(&scene).await == "open").await;
+    eventually("what was under way has ended", async || scene.receiver.open("/q") == 0).await;
+    let before = scene.receiver.history("/q").len();
+    scene.receiver.set("/q", Mood::slow(Duration::from_millis(300)));
+    eventually("all are completed", async || completed(&scene).await == 60).await;
+    assert_eq!(state(&scene).await, "closed");
+    let open =
+        scene.receiver.history("/q")[before..].iter().map(|(_, open)| *open).collect::<Vec<_>>();
+    // The most that were open up to each delivery: it grows step by step, and never by more than twice.
+    let mut steps = vec![0];
+    for open in open {
+        let most = *steps.last().expect("there is a first");
+        if open > most {
+            assert!(open == most + 1, "one opens after another: {steps:?}, {open}");
+            steps.push(open);
+        }
+    }
+    println!("open at once: {steps:?}");
+    assert!(steps.len() > 8, "the ramp reached more than eight: {steps:?}");
+    let ends = scene.receiver.deliveries("/q");
+    let well = ends.iter().filter(|delivery| delivery.succeeded()).collect::<Vec<_>>();
+    // Those that began while the first probe was open would show a ramp that is none.
+    let first = well[0].at;
+    let early = well.iter().filter(|it| it.at.duration_since(first).as_millis() < 250).count();
+    assert_eq!(early, 1, "the first probe is alone");
+}
+
+async fn an_operator_closes_it(database: Database) {
+    let scene = Scene::on(database).await;
+    let slow = json!({"failures": 3, "open_for": "1h", "max_open": "1h"});
+    scene.queue_with("q", breaker(json!({"breaker": slow}))).await;
+    scene.receiver.set("/q", Mood::status(500));
+    let ids = [scene.client.send("q", "a").await, scene.client.send("q", "b").await];
+    eventually("it is open", async || state(&scene).await == "open").await;
+    scene.receiver.set("/q", Mood::ack());
+    let asked = scene.receiver.count("/q");
+    never_within("it is asked", Duration::from_millis(500), || {
+        scene.receiver.count("/q") > asked + 1
+    })
+    .await;
+    scene.client.start_queue("q").await;
+    assert_eq!(state(&scene).await, "closed");
+    for id in ids {
+        eventually("it is completed", async || scene.client.state(&id).await == "completed").await;
+    }
+}
+
+async fn a_429_or_503_that_names_a_time_holds_the_whole_queue(database: Database) {
+    for status in [429, 503] {
+        let scene = Scene::on(match &database {
+            Database::Sqlite(_) => Database::sqlite(),
+            Database::Postgres(_) => Database::postgres().await,
+        })
+        .await;
+        scene.queue_with("q", breaker(json!({"concurrency": {"limit": 1}}))).await;
+        let busy = Reply::new(status).header("Retry-After", "2");
+        scene.receiver.set(
+            "/q",
+            Mood::by(move |delivery: &Delivery| match delivery.attempt {
+                1 if delivery.body == "first" => busy.clone().into(),
+                _ => Mood::ack(),
+            }),
+        );
+        scene.client.send("q", "first").await;
+        scene.receiver.wait_for("/q", 1).await;
+        let id = scene.client.send("q", "second").await;
+        let delivered = scene.receiver.wait_for_message(&id).await[0].clone();
+        let first = scene.receiver.deliveries("/q")[0].clone();
+        let gap = delivered.at.duration_since(first.at).as_millis();
+        assert!((2000..5000).contains(&gap), "{status}: {gap} ms");
+        // A hold of an hour, and an operator who knows better.
+        scene.receiver.set("/q", Reply::new(status).header("Retry-After", "3600").into());
+        let third = scene.client.send("q", "third").await;
+        eventually("it is held", async || {
+            scene.client.queue("q").await["held_until"] != Value::Null
+        })
+        .await;
+        let held_until = text(&scene.client.queue("q").await, "/held_until");
+        assert!(held_until.parse::<jiff::Timestamp>().is_ok(), "{held_until}");
+        eventually("it waits", async || scene.client.state(&third).await == "scheduled").await;
+        scene.receiver.set("/q", Mood::ack());
+        let fourth = scene.client.send("q", "fourth").await;
+        scene.client.post_nothing(&format!("/v1/messages/{third}/run")).await.expect(200);
+        for id in [third, fourth] {
+            eventually("it is completed", async || scene.client.state(&id).await == "completed")
+                .await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn one_breaker_over_all_processes() {
+    let database = Database::postgres().await;
+    let scene = Scene::on(database).await;
+    let other = Process::start(&scene.database, &[]).await;
+    scene.receiver.set("/q", Mood::status(500));
+    scene.queue_with("q", breaker(json!({}))).await;
+    for number in 0..60 {
+        scene.client.send("q", number.to_string()).await;
+    }
+    eventually("it is open", async || state(&scene).await == "open").await;
+    pass(Duration::from_secs(6)).await;
+    // Each process counts to five by itself, and at most four were under way; then 1, 2 and 4 seconds.
+    let asked = scene.receiver.count("/q");
+    assert!(asked <= 2 * 5 + 4 + 3, "{asked}");
+    assert_eq!(other.client().queue("q").await["breaker_state"], state(&scene).await);
+    scene.receiver.set("/q", Mood::ack());
+    eventually("all are completed", async || completed(&scene).await == 60).await;
+}
+
+#[tokio::test]
+async fn a_4xx_says_nothing_about_the_handler_and_null_means_no_breaker() {
+    let scene = Scene::new().await;
+    scene.queue_with("q", breaker(json!({}))).await;
+    scene.receiver.set("/q", Mood::status(400));
+    for number in 0..20 {
+        scene.client.send("q", number.to_string()).await;
+    }
+    eventually("all are dead", async || {
+        number(&scene.client.queue("q").await, "/stats/dead") == 20
+    })
+    .await;
+    assert_eq!(state(&scene).await, "closed");
+    scene.queue_with("q", breaker(json!({"breaker": null}))).await;
+    scene.receiver.set("/q", Mood::status(500));
+    for number in 0..20 {
+        scene.client.send("q", number.to_string()).await;
+    }
+    eventually("all are dead", async || {
+        number(&scene.client.queue("q").await, "/stats/dead") == 40
+    })
+    .await;
+    assert_eq!(scene.client.queue("q").await["breaker"], Value::Null);
+}
+
+async fn state(scene: &Scene) -> String {
+    text(&scene.client.queue("q").await, "/breaker_state")
+}
+
+async fn completed(scene: &Scene) -> usize {
+    scene.client.all("/v1/messages?queue=q&state=completed").await.len()
+}
