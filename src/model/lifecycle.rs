@@ -9,7 +9,7 @@
 //!                      │                 └─ dead-letter ▶ dead
 //!  waiting = scheduled or ready                             │
 //!  waiting ── cancel ─▶ cancelled                           │
-//!  waiting ── expire ─▶ expired          ready ◀── redrive ─┘
+//!  waiting ── expire ─▶ expired or dead  ready ◀── redrive ─┘
 //! ```
 //!
 //! If you add a state: 1. add it to [`State::ALL`] and to [`may_move`]; 2. give it a number that no

@@ -212,6 +212,8 @@ pub enum Outcome {
     Acked,
     /// Failed, to be tried again.
     Failed,
+    /// Failed while an ill handler was tried; counts as no failure.
+    Postponed,
     /// Failed for good or refused; the message is dead.
     DeadLettered,
     /// The handler, or a rule, said to drop it.
@@ -226,9 +228,10 @@ pub enum Outcome {
 
 impl Outcome {
     /// Every way a delivery can end.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 8] = [
         Self::Acked,
         Self::Failed,
+        Self::Postponed,
         Self::DeadLettered,
         Self::Discarded,
         Self::Moved,
@@ -241,6 +244,7 @@ impl Outcome {
         match self {
             Self::Acked => "acked",
             Self::Failed => "failed",
+            Self::Postponed => "postponed",
             Self::DeadLettered => "dead_lettered",
             Self::Discarded => "discarded",
             Self::Moved => "moved",
@@ -259,7 +263,8 @@ impl From<&Settlement> for Outcome {
     fn from(settlement: &Settlement) -> Self {
         match settlement {
             Settlement::Ack => Self::Acked,
-            Settlement::Retry { .. } | Settlement::Postpone { .. } => Self::Failed,
+            Settlement::Retry { .. } => Self::Failed,
+            Settlement::Postpone { .. } => Self::Postponed,
             Settlement::DeadLetter { .. } => Self::DeadLettered,
             Settlement::Discard { .. } => Self::Discarded,
             Settlement::Move { .. } => Self::Moved,

@@ -54,7 +54,39 @@ async fn a_dead_receiver_is_asked_a_few_times_and_no_message_dies_of_it(database
     eventually("all are completed", async || completed(&scene).await == 40).await;
     let stats = scene.client.queue("q").await["stats"].clone();
     assert_eq!(number(&stats, "/dead"), 0, "{stats}");
+    let metrics = scene.client.metrics().await;
+    let postponed = [("queue", "q"), ("outcome", "postponed")];
+    let postponed = metrics.value("pumphouse_deliveries_total", &postponed);
+    assert!(postponed >= 2.0, "what failed while it was tried is told apart: {postponed}");
     assert_eq!(state(&scene).await, "closed");
+}
+
+/// By the settings that a queue has if nobody sets any. Ten fail before it opens, of which up to sixteen are open at
+/// once; after half a minute one looks whether the handler is well; the next one would a minute after that.
+#[tokio::test]
+async fn a_dead_receiver_is_asked_at_most_26_times_in_a_minute() {
+    let scene = Scene::new().await;
+    let (retry, breaker) =
+        (json!({}), json!({"failures": 10, "open_for": "30s", "max_open": "10m"}));
+    let settings = json!({"recovery": retry, "breaker": breaker, "concurrency": {"limit": 16}});
+    scene.queue_with("q", settings).await;
+    scene.receiver.set("/q", Mood::status(500));
+    let began = Instant::now();
+    for number in 0..200 {
+        scene.client.send("q", number.to_string()).await;
+    }
+    eventually("it is open", async || state(&scene).await == "open").await;
+    let at_once = scene.receiver.count("/q");
+    pass(Duration::from_secs(60).saturating_sub(began.elapsed())).await;
+    let asked = scene.receiver.count("/q");
+    println!("asked {at_once} times before it opened, {asked} times in a minute");
+    assert!((10..=25).contains(&at_once), "{at_once}");
+    assert!(asked <= 26, "{asked}");
+    assert!(asked > at_once, "one looked whether it is well");
+    scene.receiver.set("/q", Mood::ack());
+    scene.client.start_queue("q").await;
+    eventually("all are completed", async || completed(&scene).await == 200).await;
+    assert_eq!(number(&scene.client.queue("q").await["stats"], "/dead"), 0);
 }
 
 async fn probes_ramp_up_until_it_closes(database: Database) {

@@ -6,6 +6,7 @@ use serde_json::json;
 
 use crate::support::client::{ask, number};
 use crate::support::process::{Database, Process};
+use crate::support::receiver::Mood;
 use crate::support::scene::Scene;
 use crate::support::{on_both, pass};
 
@@ -58,6 +59,53 @@ async fn processes_share_a_rate() {
     scene.receiver.wait_for("/q", 122).await;
     let took = scene.receiver.deliveries("/q")[121].at.duration_since(first).as_millis();
     assert!((2700..6000).contains(&took), "120 at 40 a second: {took} ms");
+}
+
+/// How long one place of the handler with a knee needs for a message.
+const SERVES_IN: Duration = Duration::from_millis(40);
+
+#[tokio::test]
+async fn an_adaptive_limit_finds_the_knee_follows_it_and_can_be_pinned() {
+    let scene = Scene::new().await;
+    let adaptive = json!({"limit": 1, "adaptive": {"min": 1, "max": 64}});
+    scene.receiver.set("/q", Mood::counter(8, SERVES_IN));
+    scene.queue_with("q", json!({"concurrency": adaptive.clone()})).await;
+    send_many(&scene, "q", 10_000).await;
+    let limit = async || {
+        let metrics = scene.client.metrics().await;
+        metrics.value("pumphouse_concurrency_limit", &[("queue", "q")])
+    };
+    for knee in [8usize, 16, 4, 8] {
+        scene.receiver.set("/q", Mood::counter(knee, SERVES_IN));
+        // The knee with fixed limits, the one that serves it best among them, and then by itself.
+        let mut best = 0.0f64;
+        for fixed in [knee, knee * 5 / 4, knee * 3 / 2] {
+            let pinned = json!({"concurrency": {"limit": fixed, "adaptive": null}});
+            scene.client.patch_queue("q", &pinned).await;
+            pass(Duration::from_secs(1)).await;
+            best = best.max(throughput(&scene, Duration::from_secs(2)).await);
+            assert_eq!(limit().await, fixed as f64, "pinned");
+        }
+        scene.client.patch_queue("q", &json!({"concurrency": adaptive.clone()})).await;
+        pass(Duration::from_secs(4)).await;
+        let found = throughput(&scene, Duration::from_secs(6)).await;
+        let share = found / best;
+        println!(
+            "knee {knee}: limit {}, {:.0} % of the best fixed limit",
+            limit().await,
+            share * 100.0
+        );
+        assert!(share >= 0.85, "knee {knee}: {found} of {best} a second");
+        let (limit, knee) = (limit().await, knee as f64);
+        assert!((knee * 0.5..=knee * 2.0 + 4.0).contains(&limit), "knee {knee}: {limit}");
+    }
+}
+
+/// Messages that were handled in a second.
+async fn throughput(scene: &Scene, span: Duration) -> f64 {
+    let (before, asked) = (scene.receiver.successes("/q"), Instant::now());
+    pass(span).await;
+    (scene.receiver.successes("/q") - before) as f64 / asked.elapsed().as_secs_f64()
 }
 
 #[tokio::test]

@@ -21,6 +21,8 @@ pub(crate) enum Mood {
     Slow(Duration, Reply),
     /// Answers once its gate lets it.
     Held(Gate, Reply),
+    /// Serves so many at once as this has places, each for a while, and lets the others wait: a handler with a knee.
+    Counter(Arc<Semaphore>, Duration),
     /// Never answers, and keeps the connection.
     Hang,
     /// Sends a good head, and then its body a byte at a time, without an end.
@@ -70,6 +72,11 @@ impl Mood {
         Self::Held(gate.clone(), Reply::new(200))
     }
 
+    /// Serves so many at once, each for so long, and acks.
+    pub(crate) fn counter(places: usize, span: Duration) -> Self {
+        Self::Counter(Arc::new(Semaphore::new(places)), span)
+    }
+
     /// What this function says for each delivery.
     pub(crate) fn by(choose: impl Fn(&Delivery) -> Self + Send + Sync + 'static) -> Self {
         Self::By(Arc::new(choose))
@@ -86,6 +93,7 @@ impl Mood {
             Self::Answer(_)
             | Self::Slow(..)
             | Self::Held(..)
+            | Self::Counter(..)
             | Self::Hang
             | Self::Drip
             | Self::Close
@@ -110,6 +118,11 @@ impl Mood {
             Self::Held(gate, reply) => {
                 gate.pass().await;
                 reply
+            }
+            Self::Counter(places, span) => {
+                let _place = places.acquire().await.expect("nobody closes it");
+                sleep(span).await;
+                Reply::new(200)
             }
             Self::Hang => pending().await,
             Self::Drip => return drip(to).await,
