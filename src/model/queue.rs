@@ -125,7 +125,8 @@ pub struct Concurrency {
     pub limit: u32,
     /// Whether the limit is for all replicas together or for each.
     pub scope: Scope,
-    /// Where the limit is found by itself, between which numbers; `limit` is where each process begins.
+    /// Where the limit is found by itself, between which numbers; `limit` is where each process begins, and 0 still
+    /// pauses.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub adaptive: Option<Bounds>,
 }
@@ -141,9 +142,12 @@ pub struct Bounds {
 }
 
 impl Concurrency {
-    /// The most that can ever be open.
+    /// The most that can ever be open. A limit of 0 pauses an adaptive gate too.
     pub fn most(&self) -> u32 {
-        self.adaptive.map_or(self.limit, |bounds| bounds.max)
+        match self.adaptive {
+            Some(bounds) if self.limit > 0 => bounds.max,
+            Some(_) | None => self.limit,
+        }
     }
 }
 

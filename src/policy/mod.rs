@@ -5,6 +5,8 @@ mod backoff;
 mod batching;
 mod care;
 mod rate;
+#[cfg(test)]
+mod props;
 mod recovery;
 mod simulate;
 

@@ -98,7 +98,7 @@ pub fn after_probe(
 /// Whether a failure says that the handler is ill, and not that it does not like the message.
 pub fn says_ill(failure: &Failure) -> bool {
     match (failure.kind, failure.status) {
-        (ErrorKind::Status, status) => status.is_some_and(|it| it == 429 || it >= 500),
+        (ErrorKind::Status, status) => matches!(status, Some(429 | 500..=599)),
         (
             ErrorKind::Dns
             | ErrorKind::Connect

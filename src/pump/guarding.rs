@@ -59,8 +59,15 @@ impl Guarding {
         outcome: &Result<Answer, Failure>,
         decision: &Decision,
         breaker: Option<&BreakerSettings>,
+        probes: bool,
         (share, limit): (u32, u32),
     ) -> Option<GuardChange> {
+        if self.is_probing() && !probes {
+            // It was opened before the breaker was, and says nothing of how the handler is now.
+            let change = decision.hold.map(GuardChange::Held);
+            self.shut |= change.is_some();
+            return change;
+        }
         let ill = outcome.as_ref().is_err_and(policy::says_ill);
         // Who was cut says nothing of the handler.
         let answered =
@@ -103,10 +110,11 @@ impl QueuePump {
         outcome: &Result<Answer, Failure>,
         decision: &Decision,
         settings: &QueueSettings,
+        probes: bool,
     ) -> Option<GuardChange> {
         let mut guarding = self.guarding();
-        let shares = (self.gate.limit(), settings.concurrency.limit);
-        let change = guarding.note(outcome, decision, settings.breaker.as_ref(), shares);
+        let shares = (self.gate.limit(), settings.concurrency.most());
+        let change = guarding.note(outcome, decision, settings.breaker.as_ref(), probes, shares);
         if guarding.shut {
             self.gate.set_limit(0);
         }

@@ -159,7 +159,7 @@ impl QueuePump {
         let was_cut = matches!(&outcome, Err(failure) if failure.kind == ErrorKind::Cancelled);
         let decision = self.judge(&leased, &setup, started.0, &outcome, probes);
         self.learn_pace(started.0.elapsed(), &outcome, &setup.settings);
-        let change = self.heed(&outcome, &decision, &setup.settings);
+        let change = self.heed(&outcome, &decision, &setup.settings, probes);
         let record = self.record(&leased, started, &decision.settlement, &outcome);
         let took = u64::try_from(started.0.elapsed().as_micros()).unwrap_or(u64::MAX);
         learn(&self.usual, took.max(1));

@@ -38,17 +38,20 @@ gone as (
         limit $1
         for update skip locked
     ))
-    returning seq,
-        coalesce((select dead_on_expiry from queue where queue.id = queue_id), false) as dead
+    returning seq
 ),
 moved as (
     update message
-    set state = case when told.dead then 5 else 6 end,
-        reason = case when told.dead then $2 end,
+    set state = case
+            when (select dead_on_expiry from queue where queue.id = queue_id) then 5
+            else 6
+        end,
+        reason = case
+            when (select dead_on_expiry from queue where queue.id = queue_id) then $2
+        end,
         finished_at = (select now from clock)
-    from unnest(array(select seq from gone), array(select dead from gone)) as told (seq, dead)
-    where message.seq = told.seq
-    returning finished_at, message.seq, queue_id, told.dead
+    where seq = any(array(select seq from gone))
+    returning finished_at, seq, queue_id, state = 5 as dead
 ),
 died as (
     insert into dead (seq, finished_at, queue_id)

@@ -8,7 +8,7 @@ use crate::support::client::{ask, number};
 use crate::support::process::{Database, Process};
 use crate::support::receiver::Mood;
 use crate::support::scene::Scene;
-use crate::support::{on_both, pass};
+use crate::support::{never_within, on_both, pass};
 
 on_both! {
     a_rate_limit_holds_and_a_change_is_in_force_within_a_second
@@ -70,7 +70,9 @@ async fn an_adaptive_limit_finds_the_knee_follows_it_and_can_be_pinned() {
     let adaptive = json!({"limit": 1, "adaptive": {"min": 1, "max": 64}});
     scene.receiver.set("/q", Mood::counter(8, SERVES_IN));
     scene.queue_with("q", json!({"concurrency": adaptive.clone()})).await;
-    send_many(&scene, "q", 10_000).await;
+    for _ in 0..4 {
+        send_many(&scene, "q", 10_000).await;
+    }
     let limit = async || {
         let metrics = scene.client.metrics().await;
         metrics.value("pumphouse_concurrency_limit", &[("queue", "q")])
@@ -99,6 +101,18 @@ async fn an_adaptive_limit_finds_the_knee_follows_it_and_can_be_pinned() {
         let (limit, knee) = (limit().await, knee as f64);
         assert!((knee * 0.5..=knee * 2.0 + 4.0).contains(&limit), "knee {knee}: {limit}");
     }
+}
+
+#[tokio::test]
+async fn a_limit_of_zero_pauses_an_adaptive_gate_too() {
+    let scene = Scene::new().await;
+    let adaptive = json!({"limit": 0, "adaptive": {"min": 1, "max": 8}});
+    scene.queue_with("q", json!({"concurrency": adaptive})).await;
+    send_many(&scene, "q", 20).await;
+    never_within("it is delivered", Duration::from_millis(500), || scene.receiver.count("/q") > 0)
+        .await;
+    scene.client.patch_queue("q", &json!({"concurrency": {"limit": 4}})).await;
+    scene.receiver.wait_for("/q", 20).await;
 }
 
 /// Messages that were handled in a second.

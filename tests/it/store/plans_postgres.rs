@@ -13,8 +13,8 @@ const BIG: [&str; 8] =
 
 /// Rows in every big table, spread over sixty queues.
 const FILL: &str = "
-    insert into queue (name, settings, state, max_crashes, dedup_window, retention_completed, retention_dead)
-    select 'q' || n, '{}', '{}', 20, 1, 1, 1 from generate_series(1, 60) as n;
+    insert into queue (name, settings, state, max_crashes, dedup_window, retention_completed, retention_dead, dead_on_expiry)
+    select 'q' || n, '{}', '{}', 20, 1, 1, 1, n % 2 = 0 from generate_series(1, 60) as n;
     insert into message (seq, id, queue_id, state, rank, due_at, attempts, failures, crashes, enqueued_at, size)
     select n, md5(n::text)::uuid, n % 60 + 1, case when n % 3 = 0 then 5 else 0 end, 0, n, 0, 0, 0, n, 1
     from generate_series(1, 60000) as n;
