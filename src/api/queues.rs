@@ -310,7 +310,7 @@ impl Doors {
     ) -> Result<PutQueue, Problem> {
         let pump = self.pump().clone();
         if !settings.recovery.rules.is_empty() {
-            check_targets(&name, &settings, &pump.store().queues().await?)?;
+            check_targets(&name, &settings.recovery, &pump.store().queues().await?)?;
         }
         self.to_the_end(async move {
             let put = pump.store().put_queue(&name, settings, precondition).await?;

@@ -95,7 +95,8 @@ async fn simulate(
 ) -> Result<Json<Simulated>, Problem> {
     let name = QueueName::parse(&name)?;
     let body = read_json::<SimulateBody>(request).await?;
-    let queue = doors.pump().store().queue(&name).await?;
+    let queues = doors.pump().store().queues().await?;
+    let queue = queues.iter().find(|queue| queue.name == name).cloned();
     let queue = queue.ok_or_else(|| Problem::no_such_queue(&name))?;
     if !(1..=FAILURES_MAX).contains(&body.failures.len()) {
         return Err(Invalid::new("/failures", "from 1 to 1000 failures").into());
@@ -105,7 +106,11 @@ async fn simulate(
     });
     let failures = failures.collect::<Result<Vec<_>, _>>()?;
     let recovery = match body.recovery {
-        Some(recovery) => checked(recovery, queue.settings)?,
+        Some(recovery) => {
+            let recovery = checked(recovery, queue.settings)?;
+            check_targets(&name, &recovery, &queues)?;
+            recovery
+        }
         None => queue.settings.recovery,
     };
     let steps = policy::simulate(&recovery, &failures);
@@ -188,16 +193,21 @@ fn word(settlement: &Settlement) -> &'static str {
 }
 
 /// Complains of rules that cannot be fulfilled: they move messages to a queue that is not there, or round in a
-/// circle.
+/// circle. What the queue has already is left alone, so that the rest of it can be changed when a target is gone.
 pub(super) fn check_targets(
     name: &QueueName,
-    settings: &QueueSettings,
+    recovery: &Recovery,
     queues: &[QueueRecord],
 ) -> Result<(), Problem> {
     let known = |target: &QueueName| queues.iter().any(|queue| queue.name == *target);
+    let before = queues.iter().find(|queue| queue.name == *name);
+    let before = before.map_or(&[][..], |queue| &queue.settings.recovery.rules);
     let mut wrong = Vec::new();
-    for (number, rule) in settings.recovery.rules.iter().enumerate() {
+    for (number, rule) in recovery.rules.iter().enumerate() {
         let Action::Move { to_queue } = &rule.action else { continue };
+        if before.contains(rule) {
+            continue;
+        }
         let detail = if to_queue != name && !known(to_queue) {
             format!("there is no queue {to_queue}; make it first")
         } else if comes_back(name, to_queue, queues) {

@@ -11,8 +11,10 @@ use crate::model::{
     Recovery, RetryStatuses, Rule,
 };
 
+use super::body::pointer_to;
 use super::lasting::Lasting;
 use super::problem::Problem;
+use super::queue_settings::spelled_twice;
 
 /// What follows a failed delivery. What is missing has its default.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
@@ -380,12 +382,17 @@ impl RuleBody {
         };
         let kinds = matches.error_kind.0.iter().map(|kind| ErrorKind::parse(kind));
         let kinds = kinds.collect::<Result<Vec<_>, _>>();
-        let header =
-            matches.header.into_iter().map(|(name, value)| (name.to_ascii_lowercase(), value));
+        let mut header = BTreeMap::new();
+        for (name, value) in matches.header {
+            let pointer = pointer_to("/match/header", &name);
+            if header.insert(name.to_ascii_lowercase(), value).is_some() {
+                return Err(spelled_twice(pointer));
+            }
+        }
         let matches = Match {
             status: matches.status.0.into_iter().map(|numbers| numbers.0).collect(),
             error_kind: kinds.map_err(|wrong| at("/match/error_kind", wrong))?,
-            header: header.collect(),
+            header,
             attempt: matches.attempt.map(|numbers| numbers.0),
         };
         Ok(Rule { matches, action })

@@ -41,6 +41,10 @@ impl SettingsPatch {
             body["handler"] = Value::Null;
         }
         merge_patch(&mut body, self.0.clone());
+        if self.0.get("breaker").is_some_and(Value::is_null) {
+            // What a merge patch takes out has its default, and of a breaker that is not none.
+            body["breaker"] = Value::Null;
+        }
         Ok(body)
     }
 }

@@ -42,6 +42,9 @@ impl Default for BreakerSettings {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Guard {
+    /// Grows with every change, so that an old reading is told from a new one.
+    #[serde(default)]
+    pub version: u64,
     /// Until when the handler asked to be left alone.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub held_until: Option<Timestamp>,
@@ -70,6 +73,8 @@ pub enum Breaker {
         limit: u32,
         /// As in [`Breaker::Open`].
         times: u32,
+        /// How many have gone well since there is this limit.
+        well: u32,
     },
 }
 
@@ -89,61 +94,59 @@ impl Breaker {
 pub enum GuardChange {
     /// The handler asked to be left alone for so long.
     Held(Duration),
-    /// It failed too often in a row, or while it was tried, by these settings.
-    Failed(BreakerSettings),
-    /// The time is over for which the breaker was open.
-    TimeIsUp,
-    /// As many deliveries as may be open at once went well; the queue's limit is this.
+    /// It failed too often in a row, or while it was tried, by these settings; and may have asked to be left alone
+    /// as well.
+    Failed(BreakerSettings, Option<Duration>),
+    /// The time may be over for which the breaker was open, by these settings.
+    TimeIsUp(BreakerSettings),
+    /// Deliveries went well that were made to see whether the handler is.
     WentWell {
-        /// How many might be open at once.
+        /// How many might be open at once when they began.
         tried: u32,
-        /// How many may be if the handler is well.
+        /// How many there were.
+        well: u32,
+        /// How many may be open if the handler is well.
         limit: u32,
     },
-    /// An operator says that it is to be asked again: all is forgotten.
+    /// An operator says that it is to be asked again, or says so by other settings: all is forgotten.
     Lifted,
 }
 
 impl Guard {
-    /// What becomes of it at `now`; `None` where nothing does, because somebody else has said the same before, or
+    /// What becomes of it at `now`; itself where nothing does, because somebody else has said the same before, or
     /// something that counts more.
     #[must_use]
-    pub fn after(&self, change: &GuardChange, now: Timestamp) -> Option<Self> {
-        let until = |wait: Duration| now.checked_add(wait).unwrap_or(Timestamp::MAX);
-        let breaker = match (change, self.breaker) {
-            (GuardChange::Held(wait), _) => {
-                let until = until(*wait);
-                let longer = self.held_until.is_none_or(|held| held < until);
-                return longer.then(|| Self { held_until: Some(until), ..self.clone() });
+    pub fn after(&self, change: &GuardChange, now: Timestamp) -> Self {
+        let (held_until, breaker) = match change {
+            GuardChange::Held(wait) => (self.held(*wait, now), self.breaker),
+            GuardChange::Failed(settings, hold) => {
+                let held_until = hold.map_or(self.held_until, |wait| self.held(wait, now));
+                (held_until, self.breaker.failed(settings, now))
             }
-            (GuardChange::Lifted, _) => {
-                return (*self != Self::default()).then(Self::default);
+            GuardChange::TimeIsUp(settings) => (self.held_until, self.breaker.tried(settings, now)),
+            GuardChange::WentWell { tried, well, limit } => {
+                (self.held_until, self.breaker.went_well(*tried, *well, *limit))
             }
-            (GuardChange::Failed(settings), Breaker::Closed) => open(settings, 1, until),
-            (GuardChange::Failed(settings), Breaker::HalfOpen { times, .. }) => {
-                open(settings, times.saturating_add(1), until)
-            }
-            (GuardChange::TimeIsUp, Breaker::Open { until, times }) if until <= now => {
-                Breaker::HalfOpen { limit: 1, times }
-            }
-            (
-                GuardChange::WentWell { tried, limit },
-                Breaker::HalfOpen { limit: now_at, times },
-            ) if *tried == now_at => match now_at.saturating_mul(2) {
-                more if more >= *limit => Breaker::Closed,
-                more => Breaker::HalfOpen { limit: more, times },
-            },
-            (
-                GuardChange::Failed(_) | GuardChange::TimeIsUp | GuardChange::WentWell { .. },
-                Breaker::Closed | Breaker::Open { .. } | Breaker::HalfOpen { .. },
-            ) => return None,
+            GuardChange::Lifted => (None, Breaker::Closed),
         };
-        Some(Self { breaker, ..self.clone() })
+        let unchanged = held_until == self.held_until && breaker == self.breaker;
+        Self { version: self.version + u64::from(!unchanged), held_until, breaker }
     }
 
-    /// How many deliveries may be open at `now` where `limit` may be otherwise.
-    pub fn limit(&self, limit: u32, now: Timestamp) -> u32 {
-        if self.held_until.is_some_and(|until| until > now) {
+    /// Until when the handler is left alone that asks for it. A little longer than it asked, so that what others
+    /// ask for in the same moment changes nothing any more.
+    fn held(&self, wait: Duration, now: Timestamp) -> Option<Timestamp> {
+        if self.held_until.is_some_and(|held| held >= later(now, wait)) {
+            return self.held_until;
+        }
+        Some(later(now, wait.saturating_add(HELD_LONGER)))
+    }
+
+    /// How many deliveries may be open at `now` where `limit` may be otherwise, and a hold may last for
+    /// `longest`: one that lasts longer was written before the clock was set back.
+    pub fn limit(&self, limit: u32, longest: Duration, now: Timestamp) -> u32 {
+        let longest = later(now, longest.saturating_add(HELD_LONGER));
+        if self.held_until.is_some_and(|until| until > now && until <= longest) {
             return 0;
         }
         match self.breaker {
@@ -153,60 +156,108 @@ impl Guard {
         }
     }
 
-    /// When it will be another one by itself; `None` where only an event changes it.
-    pub fn changes_at(&self, now: Timestamp) -> Option<Timestamp> {
-        let held = self.held_until.filter(|until| *until > now);
-        let open = match self.breaker {
-            Breaker::Open { until, .. } => Some(until.max(now)),
-            Breaker::Closed | Breaker::HalfOpen { .. } => None,
-        };
-        held.into_iter().chain(open).min()
+    /// Whether an open breaker is to be tried at `now`.
+    pub fn is_to_be_tried(&self, settings: &BreakerSettings, now: Timestamp) -> bool {
+        self.breaker.tried(settings, now) != self.breaker
     }
 }
 
-fn open(
-    settings: &BreakerSettings,
-    times: u32,
-    until: impl FnOnce(Duration) -> Timestamp,
-) -> Breaker {
-    let doubled = settings.open_for.checked_mul(1 << (times - 1).min(30));
-    let wait = doubled.unwrap_or(settings.max_open).min(settings.max_open);
-    Breaker::Open { until: until(wait), times }
+impl Breaker {
+    fn failed(self, settings: &BreakerSettings, now: Timestamp) -> Self {
+        let times = match self {
+            Self::Closed => 1,
+            Self::HalfOpen { times, .. } => times.saturating_add(1),
+            Self::Open { .. } => return self,
+        };
+        let doubled = settings.open_for.checked_mul(1 << (times - 1).min(30));
+        let wait = doubled.unwrap_or(settings.max_open).min(settings.max_open);
+        Self::Open { until: later(now, wait), times }
+    }
+
+    /// One that is open for longer than it can be was opened before the clock was set back.
+    fn tried(self, settings: &BreakerSettings, now: Timestamp) -> Self {
+        match self {
+            Self::Open { until, times }
+                if until <= now || until > later(now, settings.max_open) =>
+            {
+                Self::HalfOpen { limit: 1, times, well: 0 }
+            }
+            Self::Open { .. } | Self::Closed | Self::HalfOpen { .. } => self,
+        }
+    }
+
+    fn went_well(self, tried: u32, more: u32, limit: u32) -> Self {
+        match self {
+            Self::HalfOpen { limit: few, times, well } if few == tried => {
+                let well = well.saturating_add(more);
+                let wider = few.saturating_mul(2);
+                if well < few {
+                    Self::HalfOpen { limit: few, times, well }
+                } else if wider >= limit {
+                    Self::Closed
+                } else {
+                    Self::HalfOpen { limit: wider, times, well: 0 }
+                }
+            }
+            Self::HalfOpen { .. } | Self::Closed | Self::Open { .. } => self,
+        }
+    }
 }
+
+fn later(now: Timestamp, wait: Duration) -> Timestamp {
+    now.checked_add(wait).unwrap_or(Timestamp::MAX)
+}
+
+/// What a hold lasts longer than was asked for.
+const HELD_LONGER: Duration = Duration::from_secs(1);
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const LONGEST: Duration = Duration::from_secs(3600);
 
     fn at(second: i64) -> Timestamp {
         Timestamp::from_second(second).unwrap()
     }
 
     fn after(guard: &Guard, change: GuardChange, second: i64) -> Guard {
-        guard.after(&change, at(second)).unwrap()
+        let changed = guard.after(&change, at(second));
+        assert_eq!(changed.version, guard.version + 1, "{change:?}");
+        changed
+    }
+
+    fn nothing(guard: &Guard, change: GuardChange, second: i64) {
+        assert_eq!(guard.after(&change, at(second)), *guard, "{change:?}");
     }
 
     fn failed() -> GuardChange {
-        GuardChange::Failed(BreakerSettings::default())
+        GuardChange::Failed(BreakerSettings::default(), None)
     }
 
-    fn well(tried: u32) -> GuardChange {
-        GuardChange::WentWell { tried, limit: 5 }
+    fn time_is_up() -> GuardChange {
+        GuardChange::TimeIsUp(BreakerSettings::default())
+    }
+
+    fn well(tried: u32, well: u32) -> GuardChange {
+        GuardChange::WentWell { tried, well, limit: 5 }
     }
 
     #[test]
     fn it_opens_tries_with_a_few_and_closes() {
         let open = after(&Guard::default(), failed(), 0);
         assert_eq!(open.breaker, Breaker::Open { until: at(30), times: 1 });
-        assert_eq!((open.limit(5, at(0)), open.changes_at(at(0))), (0, Some(at(30))));
-        assert_eq!(open.after(&GuardChange::TimeIsUp, at(29)), None);
-        let mut guard = after(&open, GuardChange::TimeIsUp, 30);
+        assert_eq!(open.limit(5, LONGEST, at(0)), 0);
+        nothing(&open, time_is_up(), 29);
+        let mut guard = after(&open, time_is_up(), 30);
         for few in [1, 2, 4] {
-            assert_eq!(guard.limit(5, at(30)), few);
-            assert_eq!(guard.after(&well(few + 1), at(30)), None, "said of another step");
-            guard = after(&guard, well(few), 30);
+            assert_eq!(guard.limit(5, LONGEST, at(30)), few);
+            nothing(&guard, well(few + 1, 1), 30);
+            for _ in 0..few {
+                guard = after(&guard, well(few, 1), 30);
+            }
         }
-        assert_eq!(guard, Guard::default());
+        assert_eq!(guard.breaker, Breaker::Closed);
     }
 
     #[test]
@@ -215,21 +266,43 @@ mod tests {
         let mut now = 0;
         for open_for in [30, 60, 120, 240, 480, 600, 600] {
             guard = after(&guard, failed(), now);
-            assert_eq!(guard.changes_at(at(now)), Some(at(now + open_for)));
-            assert_eq!(guard.after(&failed(), at(now)), None, "it is open already");
+            let Breaker::Open { until, .. } = guard.breaker else { panic!("{guard:?}") };
+            assert_eq!(until, at(now + open_for));
+            nothing(&guard, failed(), now);
             now += open_for;
-            guard = after(&guard, GuardChange::TimeIsUp, now);
+            guard = after(&guard, time_is_up(), now);
         }
     }
 
     #[test]
     fn a_hold_is_only_ever_prolonged_and_an_operator_lifts_it() {
         let held = after(&Guard::default(), GuardChange::Held(Duration::from_secs(60)), 0);
-        assert_eq!(held.after(&GuardChange::Held(Duration::from_secs(30)), at(10)), None);
-        assert_eq!((held.limit(5, at(59)), held.limit(5, at(60))), (0, 5));
-        assert_eq!(after(&held, GuardChange::Lifted, 1), Guard::default());
-        assert_eq!(Guard::default().after(&GuardChange::Lifted, at(1)), None);
+        nothing(&held, GuardChange::Held(Duration::from_secs(30)), 10);
+        nothing(&held, GuardChange::Held(Duration::from_secs(60)), 1);
+        assert_eq!([60, 61].map(|now| held.limit(5, LONGEST, at(now))), [0, 5]);
+        let lifted = after(&held, GuardChange::Lifted, 1);
+        assert_eq!((lifted.held_until, lifted.breaker), (None, Breaker::Closed));
+        nothing(&lifted, GuardChange::Lifted, 1);
         let for_ever = after(&held, GuardChange::Held(Duration::MAX), 0);
         assert_eq!(for_ever.held_until, Some(Timestamp::MAX));
+    }
+
+    #[test]
+    fn who_fails_and_asks_for_time_gets_both() {
+        let hold = Some(Duration::from_secs(600));
+        let failed = GuardChange::Failed(BreakerSettings::default(), hold);
+        let open = after(&Guard::default(), failed, 0);
+        assert!(matches!(open.breaker, Breaker::Open { .. }));
+        let tried = after(&open, time_is_up(), 30);
+        assert_eq!([30, 600, 601].map(|now| tried.limit(5, LONGEST, at(now))), [0, 0, 1]);
+    }
+
+    #[test]
+    fn a_clock_that_was_set_back_holds_nobody_for_longer_than_can_be() {
+        let held = after(&Guard::default(), GuardChange::Held(LONGEST), 10_000);
+        assert_eq!(held.limit(5, LONGEST, at(10_000)), 0);
+        assert_eq!(held.limit(5, LONGEST, at(9_000)), 5);
+        let open = after(&Guard::default(), failed(), 10_000);
+        after(&open, time_is_up(), 9_000);
     }
 }

@@ -31,8 +31,8 @@ pub use message::{
 };
 pub use names::{QueueName, ReplicaName};
 pub use outcome::{
-    ANSWER_HEADERS_KEPT, ANSWER_KEPT, Answer, DeliveryRecord, ErrorKind, Failure, Outcome,
-    Settlement, Verdict,
+    ANSWER_HEADERS_KEPT, ANSWER_KEPT, Answer, DELIVERIES_KEPT, DeliveryRecord, ErrorKind, Failure,
+    Outcome, Settlement, Verdict,
 };
 pub use queue::{
     Backoff, Bounds, Builtin, Concurrency, Curve, Handler, HttpHandler, Jitter, LEASE_MARGIN,

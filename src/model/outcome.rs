@@ -273,6 +273,9 @@ impl From<&Settlement> for Outcome {
     }
 }
 
+/// How many deliveries of a message are remembered: those with the latest numbers.
+pub const DELIVERIES_KEPT: u32 = 100;
+
 /// One delivery as it is remembered, written in the transaction that settles it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeliveryRecord {

@@ -8,7 +8,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 use url::Url;
 
-use super::{Action, BreakerSettings, Guard, Invalid, Numbers, QueueName, RULES_MAX, Rule};
+use super::{
+    Action, BreakerSettings, ErrorKind, Guard, GuardChange, Invalid, Numbers, QueueName, RULES_MAX,
+    Rule,
+};
 
 /// What a lease lasts longer than the handler's timeout, by default.
 pub const LEASE_MARGIN: Duration = Duration::from_secs(30);
@@ -428,6 +431,11 @@ impl QueueSettings {
         }
         rule(recovery.rules.len() <= RULES_MAX, "/recovery/rules", "at most 32 rules");
         for (number, one) in recovery.rules.iter().enumerate() {
+            let too_many = |attempts: &Numbers| attempts.first() > recovery.max_attempts;
+            if one.matches.attempt.as_ref().is_some_and(too_many) {
+                let detail = "there are no more failures than recovery.max_attempts";
+                rule(false, &format!("/recovery/rules/{number}/match/attempt"), detail);
+            }
             if let Err((member, detail)) = check_rule(one) {
                 rule(false, &format!("/recovery/rules/{number}/{member}"), detail);
             }
@@ -445,6 +453,25 @@ fn check_rule(rule: &Rule) -> Result<(), (&'static str, &'static str)> {
     let statuses = |wanted: &Numbers| wanted.are_within(100, 599);
     let numbers = |wanted: Numbers| !wanted.contain(0);
     let Rule { matches, action } = rule;
+    let never = |kind: &ErrorKind| matches!(kind, ErrorKind::Cancelled | ErrorKind::LeaseLost);
+    if matches.error_kind.iter().any(never) {
+        return Err(("match/error_kind", "what was cut, or lost its lease, is decided by no rule"));
+    }
+    let answers = |kind: &ErrorKind| matches!(kind, ErrorKind::Status | ErrorKind::Malformed);
+    let kinds = &matches.error_kind;
+    if !matches.status.is_empty() && !kinds.is_empty() && !kinds.iter().any(answers) {
+        return Err(("match/error_kind", "a failure of these kinds has no status"));
+    }
+    if matches.status.len().max(kinds.len()).max(matches.header.len()) > MATCHES_MAX {
+        return Err(("match", "at most 64 of a kind"));
+    }
+    let is_name = |name: &String| http_name(name) && name.len() <= 256;
+    if !matches.header.iter().all(|(name, value)| is_name(name) && value.len() <= 1024) {
+        return Err((
+            "match/header",
+            "a header has a name of RFC 9110, and a value of at most 1024 bytes",
+        ));
+    }
     if !matches.status.iter().all(statuses) {
         return Err(("match/status", "a status is from 100 to 599"));
     }
@@ -459,6 +486,16 @@ fn check_rule(rule: &Rule) -> Result<(), (&'static str, &'static str)> {
     }
 }
 
+/// Whether this is a header's name, in lower case: a token of RFC 9110.
+fn http_name(name: &str) -> bool {
+    let token = |byte: u8| {
+        byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"!#$%&'*+-.^_`|~".contains(&byte)
+    };
+    !name.is_empty() && name.bytes().all(token)
+}
+
+/// How many statuses, kinds or headers a rule can name.
+const MATCHES_MAX: usize = 64;
 const SHORTEST: Duration = Duration::from_millis(1);
 const LONGEST: Duration = Duration::from_secs(366 * 86_400);
 const LONGEST_PERIOD: Duration = Duration::from_secs(86_400);
@@ -501,6 +538,18 @@ pub struct QueueRecord {
     pub state: RunState,
     /// What keeps its handler from being asked.
     pub guard: Guard,
+}
+
+impl QueueRecord {
+    /// What becomes of its guard under these settings: another handler, or another breaker, begins anew.
+    pub fn guard_under(&self, settings: &QueueSettings) -> Guard {
+        let same =
+            self.settings.breaker == settings.breaker && self.settings.handler == settings.handler;
+        if same {
+            return self.guard.clone();
+        }
+        self.guard.after(&GuardChange::Lifted, Timestamp::MIN)
+    }
 }
 
 /// Durations as whole microseconds, the unit of everything that is stored.

@@ -55,7 +55,7 @@ pub enum Action {
     DeadLetter,
     /// Forget it.
     Discard,
-    /// Stop the queue. The message waits there, as after [`Action::Retry`].
+    /// Stop the queue. The message waits there, and nothing is counted.
     StopQueue,
     /// Give it to another queue, under the same id, with a new budget of attempts.
     Move {
@@ -92,6 +92,11 @@ impl Numbers {
     /// From the first to the last; `None` where the last comes before it.
     pub fn new(first: u32, last: u32) -> Option<Self> {
         (first <= last).then_some(Self { first, last })
+    }
+
+    /// The first of them.
+    pub fn first(self) -> u32 {
+        self.first
     }
 
     /// Whether this is one of them.

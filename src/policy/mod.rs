@@ -10,7 +10,7 @@ mod props;
 mod recovery;
 mod simulate;
 
-pub use adaptive::{Adaptive, Sample};
+pub use adaptive::{Adaptive, Load, Sample};
 pub use backoff::wait;
 pub use batching::{LEASE_BATCH_MAX, Usual, prefetch};
 pub use care::company;

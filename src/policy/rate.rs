@@ -39,13 +39,21 @@ impl Bucket {
 
     /// Takes a token. **Fails** with the time until there is one.
     pub fn take(&mut self, rate: Rate, now: Instant) -> Result<(), Duration> {
-        self.fill(rate, now);
-        if self.tokens >= 1.0 {
-            self.tokens -= 1.0;
-            return Ok(());
+        match self.wait(rate, now) {
+            Some(wait) => Err(wait),
+            None => {
+                self.tokens -= 1.0;
+                Ok(())
+            }
         }
-        let wait = (1.0 - self.tokens) / rate.per_second;
-        Err(Duration::try_from_secs_f64(wait).unwrap_or(Duration::MAX))
+    }
+
+    /// The time until there is one; `None` for now.
+    pub fn wait(&mut self, rate: Rate, now: Instant) -> Option<Duration> {
+        self.fill(rate, now);
+        let missing = 1.0 - self.tokens;
+        let wait = || Duration::try_from_secs_f64(missing / rate.per_second);
+        (missing > 0.0).then(|| wait().unwrap_or(Duration::MAX))
     }
 
     /// How many could be taken within `ahead` from now.

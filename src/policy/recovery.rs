@@ -138,7 +138,11 @@ fn by_rule(
     let stop_queue = (*action == Action::StopQueue).then(|| format!("a rule stops it on {why}"));
     let settlement = match action {
         Action::Retry { delay } => budget.retry(Wait { ours: *delay, theirs }, &why, chance),
-        Action::StopQueue => budget.retry(Wait { ours: None, theirs }, &why, chance),
+        // It says something of the queue, and nothing of the message.
+        Action::StopQueue => {
+            let after = theirs.unwrap_or_default().min(budget.recovery.retry_after_max);
+            Settlement::Postpone { after }
+        }
         Action::DeadLetter => Settlement::DeadLetter { reason: why },
         Action::Discard => Settlement::Discard { reason: why },
         Action::Move { to_queue } => Settlement::Move { to_queue: to_queue.clone(), reason: why },
@@ -330,7 +334,13 @@ mod tests {
             "within its budget"
         );
         let stops = decide(500, 0);
-        assert!(matches!(stops.settlement, Settlement::Retry { .. }) && stops.stop_queue.is_some());
+        assert!(stops.stop_queue.is_some());
+        assert_eq!(stops.settlement, Settlement::Postpone { after: Duration::ZERO });
+        assert_eq!(
+            decide(500, 11).settlement,
+            stops.settlement,
+            "the message waits, whatever it was"
+        );
         assert!(matches!(decide(501, 0).settlement, Settlement::Discard { .. }));
         assert!(
             matches!(decide(502, 0).settlement, Settlement::Move { to_queue: to, .. } if to == to_queue)

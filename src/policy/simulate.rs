@@ -46,7 +46,8 @@ pub fn simulate(recovery: &Recovery, failures: &[Failure]) -> Vec<Step> {
 
 fn wait(decision: &Decision) -> Option<Duration> {
     match decision.settlement {
-        Settlement::Retry { after } => Some(after),
+        // One that waits in a stopped queue is tried again after a start.
+        Settlement::Retry { after } | Settlement::Postpone { after } => Some(after),
         _ => None,
     }
 }

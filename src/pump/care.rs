@@ -2,61 +2,83 @@
 //! process, and in the end one. See `policy/care.rs` for how many.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::model::{Leased, Settlement};
+use crate::model::{Leased, QueueSettings, Settlement};
 use crate::policy;
 use crate::store::Settle;
 
 use super::QueuePump;
-use super::round::Round;
+use super::round::{Mode, Round};
 
-/// Who is open in this process of those that are approached with care: how much company each of them bears.
+/// Who is open in this process of those that are approached with care.
 #[derive(Debug, Default)]
-pub(super) struct Care(Mutex<Vec<usize>>);
+pub(super) struct Care(Mutex<Vec<Open>>);
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Open {
+    /// How much company it bears.
+    company: usize,
+    since: Instant,
+}
 
 /// A place among them, given back when it is dropped.
 #[derive(Debug)]
 pub(super) struct Place {
     care: Arc<Care>,
     /// `None` for a message that needs no care.
-    company: Option<usize>,
+    open: Option<Open>,
 }
 
 impl Care {
     /// A place for one that bears so much company; `None` as long as it would be too much for it, or for one of
-    /// those that are open.
-    fn enter(self: &Arc<Self>, company: Option<usize>) -> Option<Place> {
-        if let Some(company) = company {
-            let mut open = self.open();
-            let least = open.iter().copied().min().unwrap_or(company).min(company);
-            if open.len() >= least {
-                return None;
-            }
-            open.push(company);
+    /// those that are open. Who is open for longer than [`DANGEROUS_FOR`] counts no more, so that a handler that hangs holds up
+    /// nobody else's messages.
+    fn enter(self: &Arc<Self>, company: Option<usize>, now: Instant) -> Option<Place> {
+        let Some(company) = company else {
+            return Some(Place { care: Arc::clone(self), open: None });
+        };
+        let mut all = self.open();
+        let dangerous = all.iter().filter(|open| now.duration_since(open.since) < DANGEROUS_FOR);
+        let companies = dangerous.map(|open| open.company).collect::<Vec<_>>();
+        let least = companies.iter().copied().min().unwrap_or(company).min(company);
+        if companies.len() >= least {
+            return None;
         }
-        Some(Place { care: Arc::clone(self), company })
+        let open = Open { company, since: now };
+        all.push(open);
+        Some(Place { care: Arc::clone(self), open: Some(open) })
     }
 
-    fn open(&self) -> MutexGuard<'_, Vec<usize>> {
+    fn open(&self) -> MutexGuard<'_, Vec<Open>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        let Some(company) = self.company else { return };
-        let mut open = self.care.open();
-        if let Some(at) = open.iter().position(|other| *other == company) {
-            open.swap_remove(at);
+        let Some(mine) = self.open else { return };
+        let mut all = self.care.open();
+        if let Some(at) = all.iter().position(|open| *open == mine) {
+            all.swap_remove(at);
         }
     }
 }
 
 impl QueuePump {
-    /// A place for a message among those that are approached with care; `None` where it has to wait.
-    pub(super) fn approach(&self, leased: &Leased, crashes_max: u32) -> Option<Place> {
-        self.care.enter(policy::company(leased.tries.crashes, crashes_max))
+    /// A place for a message among those that are approached with care; `None` where it has to wait. What an
+    /// operator wants run now waits for nobody.
+    pub(super) fn approach(
+        &self,
+        leased: &Leased,
+        settings: &QueueSettings,
+        mode: Mode,
+    ) -> Option<Place> {
+        let company = match mode {
+            Mode::All => policy::company(leased.tries.crashes, settings.recovery.max_crashes),
+            Mode::UrgentOnly => None,
+        };
+        self.care.enter(company, Instant::now())
     }
 
     /// Gives back a message that has to wait for others before it is tried, for a moment in which nobody
@@ -71,6 +93,9 @@ impl QueuePump {
     }
 }
 
+/// For how long a message that is open may kill its process, as far as this is about others: whoever kills does so
+/// soon.
+const DANGEROUS_FOR: Duration = Duration::from_secs(60);
 /// How long one waits at least before it is looked at again; at most twice that.
 const WAIT: Duration = Duration::from_secs(1);
 
@@ -81,15 +106,18 @@ mod tests {
     #[test]
     fn nobody_gets_more_company_than_they_bear() {
         let care = Arc::new(Care::default());
-        let many = (0..16).map(|_| care.enter(Some(16)).unwrap()).collect::<Vec<_>>();
-        assert!(care.enter(Some(16)).is_none(), "the seventeenth");
-        assert!(care.enter(Some(1)).is_none(), "it wants to be alone");
-        assert!(care.enter(None).is_some(), "what needs no care waits for nobody");
+        let now = Instant::now();
+        let enter = |company, now| care.enter(company, now);
+        let many = (0..16).map(|_| enter(Some(16), now).unwrap()).collect::<Vec<_>>();
+        assert!(enter(Some(16), now).is_none(), "the seventeenth");
+        assert!(enter(Some(1), now).is_none(), "it wants to be alone");
+        assert!(enter(None, now).is_some(), "what needs no care waits for nobody");
         drop(many);
-        let alone = care.enter(Some(1)).unwrap();
-        assert!(care.enter(Some(16)).is_none(), "the one that is open wants to be alone");
+        let alone = enter(Some(1), now).unwrap();
+        assert!(enter(Some(16), now).is_none(), "the one that is open wants to be alone");
+        assert!(enter(Some(1), now + DANGEROUS_FOR).is_some(), "it has not killed for a minute");
         drop(alone);
-        assert!(care.enter(Some(4)).is_some());
+        assert!(enter(Some(4), now).is_some());
         assert_eq!(care.open().len(), 0, "each place was given back");
     }
 }

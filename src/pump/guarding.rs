@@ -4,15 +4,17 @@
 //! and the gate that follows it: at once where this process has seen the reason, and within a second where
 //! another one has.
 
+use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use crate::model::{Answer, Breaker, BreakerSettings, Failure, Guard, GuardChange, QueueSettings};
+use crate::model::{Answer, Breaker, ErrorKind, Failure, Guard, GuardChange, QueueSettings};
 use crate::policy::{self, Decision};
 
 use super::QueuePump;
+use super::round::Round;
 
 /// What this process knows of a queue's guard.
 #[derive(Debug, Default)]
@@ -20,22 +22,37 @@ pub(super) struct Guarding {
     guard: Guard,
     /// What the store's clock said, and when.
     clock: Option<(Timestamp, Instant)>,
-    /// Something was seen here of which the store has not heard yet: nobody asks meanwhile.
-    shut: bool,
+    /// How many things that were seen here are being told to the store: nobody asks meanwhile.
+    telling: u32,
+    /// How many things were told, so that an older reading of the store is known as one.
+    told: u64,
+    /// Until when the handler is held by what is being told.
+    held_until: Option<Timestamp>,
     /// How many deliveries in a row said that the handler is ill.
     ill: u32,
-    /// How many deliveries went well since the breaker is half-open, or has moved.
+    /// How many deliveries went well in this step of a half-open breaker, and were not told yet.
     well: u32,
+}
+
+/// Which step of a half-open breaker it is: how often it was opened, and how many may be open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Step {
+    times: u32,
+    limit: u32,
 }
 
 impl Guarding {
     /// Takes over what stands in the store.
-    pub(super) fn set(&mut self, guard: Guard, breaker: Option<&BreakerSettings>) {
-        let breaker = if breaker.is_some() { guard.breaker } else { Breaker::Closed };
-        if breaker != self.guard.breaker {
-            (self.ill, self.well) = (0, 0);
+    fn set(&mut self, guard: Guard, settings: &QueueSettings) {
+        let breaker = if settings.breaker.is_some() { guard.breaker } else { Breaker::Closed };
+        let before = self.step();
+        if breaker.as_str() != self.guard.breaker.as_str() {
+            self.ill = 0;
         }
         self.guard = Guard { breaker, ..guard };
+        if self.step() != before {
+            self.well = 0;
+        }
     }
 
     /// Sets the clock.
@@ -43,62 +60,124 @@ impl Guarding {
         self.clock = Some((now, asked));
     }
 
+    /// Forgets what was known of a queue that was deleted.
+    pub(super) fn forget(&mut self) {
+        *self = Self { clock: self.clock, told: self.told + 1, ..Self::default() };
+    }
+
+    /// A number that another one follows with each thing that is told.
+    pub(super) fn told(&self) -> u64 {
+        self.told
+    }
+
     /// How many deliveries may be open over all replicas, where `limit` may be otherwise.
-    pub(super) fn limit(&self, limit: u32) -> u32 {
-        if self.shut { 0 } else { self.guard.limit(limit, self.now()) }
+    pub(super) fn limit(&self, limit: u32, settings: &QueueSettings) -> u32 {
+        if self.telling > 0 {
+            return 0;
+        }
+        self.guard.limit(limit, settings.recovery.retry_after_max, self.now())
     }
 
-    /// Whether deliveries are made to see whether the handler is well.
-    pub(super) fn is_probing(&self) -> bool {
-        matches!(self.guard.breaker, Breaker::HalfOpen { .. })
+    /// The step in which deliveries are made to see whether the handler is well.
+    pub(super) fn step(&self) -> Option<Step> {
+        match self.guard.breaker {
+            Breaker::HalfOpen { limit, times, .. } => Some(Step { times, limit }),
+            Breaker::Closed | Breaker::Open { .. } => None,
+        }
     }
 
-    /// Takes note of a delivery that has ended, and says what the store is to be told.
+    /// Takes note of a delivery that has ended, made in a step of a half-open breaker or not, and says what the
+    /// store is to be told.
     fn note(
         &mut self,
         outcome: &Result<Answer, Failure>,
         decision: &Decision,
-        breaker: Option<&BreakerSettings>,
-        probes: bool,
-        (share, limit): (u32, u32),
+        settings: &QueueSettings,
+        made_in: Option<Step>,
+        replicas: usize,
     ) -> Option<GuardChange> {
-        if self.is_probing() && !probes {
+        let hold = decision.hold.filter(|wait| !self.is_held_for(*wait));
+        let signs = Signs::of(outcome);
+        let failed = |breaker: &_| Some(GuardChange::Failed(Clone::clone(breaker), hold));
+        let breaker = settings.breaker.as_ref();
+        let change = match (self.step(), made_in, breaker) {
+            (Some(now), Some(then), Some(breaker)) if now.times == then.times => match signs {
+                Signs::Ill | Signs::Unwell => failed(breaker),
+                Signs::Well if now == then => return self.note_well(now, settings, replicas),
+                Signs::Well | Signs::Nothing => None,
+            },
             // It was opened before the breaker was, and says nothing of how the handler is now.
-            let change = decision.hold.map(GuardChange::Held);
-            self.shut |= change.is_some();
-            return change;
-        }
-        let ill = outcome.as_ref().is_err_and(policy::says_ill);
-        // Who was cut says nothing of the handler.
-        let answered =
-            outcome.is_ok() || outcome.as_ref().is_err_and(|failure| failure.status.is_some());
-        if ill {
-            (self.ill, self.well) = (self.ill.saturating_add(1), 0);
-        } else if answered {
-            (self.ill, self.well) = (0, self.well.saturating_add(1));
-        }
-        let change = match (self.guard.breaker, breaker) {
-            (Breaker::HalfOpen { .. }, Some(breaker)) if ill => {
-                Some(GuardChange::Failed(breaker.clone()))
+            (Some(_), _, _) => None,
+            (None, _, breaker) => {
+                self.ill = match signs {
+                    Signs::Ill => self.ill.saturating_add(1),
+                    Signs::Well => 0,
+                    Signs::Unwell | Signs::Nothing => self.ill,
+                };
+                let is_open = matches!(self.guard.breaker, Breaker::Open { .. });
+                let too_often = |failures| signs == Signs::Ill && self.ill >= failures && !is_open;
+                breaker.filter(|breaker| too_often(breaker.failures)).and_then(failed)
             }
-            (Breaker::Closed, Some(breaker)) if ill && self.ill >= breaker.failures => {
-                Some(GuardChange::Failed(breaker.clone()))
-            }
-            (Breaker::HalfOpen { limit: tried, .. }, _)
-                if answered && self.well >= share.max(1) =>
-            {
-                self.well = 0;
-                return Some(GuardChange::WentWell { tried, limit });
-            }
-            _ => decision.hold.map(GuardChange::Held),
         };
-        self.shut |= change.is_some();
+        let change = change.or(hold.map(GuardChange::Held));
+        if change.is_some() {
+            self.telling += 1;
+            self.told += 1;
+            let until = hold.and_then(|wait| self.now().checked_add(wait).ok());
+            self.held_until = self.held_until.max(until);
+        }
         change
     }
 
+    /// Tells of what went well in portions, so that all replicas together tell each step's number.
+    fn note_well(
+        &mut self,
+        step: Step,
+        settings: &QueueSettings,
+        replicas: usize,
+    ) -> Option<GuardChange> {
+        self.well += 1;
+        if (self.well as usize) < (step.limit as usize).div_ceil(replicas.max(1)) {
+            return None;
+        }
+        let well = std::mem::take(&mut self.well);
+        let limit = settings.concurrency.most();
+        Some(GuardChange::WentWell { tried: step.limit, well, limit })
+    }
+
+    /// Whether the handler is held for so long already, or is about to be.
+    fn is_held_for(&self, wait: Duration) -> bool {
+        let until = self.now().checked_add(wait).unwrap_or(Timestamp::MAX);
+        self.clock.is_some() && self.guard.held_until.max(self.held_until) >= Some(until)
+    }
+
     fn now(&self) -> Timestamp {
-        let (now, asked) = self.clock.unwrap_or((Timestamp::MIN, Instant::now()));
+        let Some((now, asked)) = self.clock else { return Timestamp::MIN };
         now.checked_add(asked.elapsed()).unwrap_or(Timestamp::MAX)
+    }
+}
+
+/// What the end of a delivery says of its handler.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Signs {
+    /// It answered.
+    Well,
+    /// It answered what nobody understands, or failed in this program; which counts only while it is tried.
+    Unwell,
+    Ill,
+    /// Nothing: the delivery was cut.
+    Nothing,
+}
+
+impl Signs {
+    fn of(outcome: &Result<Answer, Failure>) -> Self {
+        match outcome {
+            Ok(_) => Self::Well,
+            Err(failure) if policy::says_ill(failure) => Self::Ill,
+            Err(Failure { kind: ErrorKind::Cancelled | ErrorKind::LeaseLost, .. }) => Self::Nothing,
+            Err(failure) if failure.status.is_some() => Self::Well,
+            Err(_) => Self::Unwell,
+        }
     }
 }
 
@@ -110,54 +189,92 @@ impl QueuePump {
         outcome: &Result<Answer, Failure>,
         decision: &Decision,
         settings: &QueueSettings,
-        probes: bool,
-    ) -> Option<GuardChange> {
-        let mut guarding = self.guarding();
-        let shares = (self.gate.limit(), settings.concurrency.most());
-        let change = guarding.note(outcome, decision, settings.breaker.as_ref(), probes, shares);
-        if guarding.shut {
-            self.gate.set_limit(0);
-        }
-        change
+        made_in: Option<Step>,
+    ) -> Option<Telling<'_>> {
+        let replicas = self.replicas.load(Ordering::Relaxed);
+        let change = self.guarding().note(outcome, decision, settings, made_in, replicas)?;
+        let telling = Telling { pump: self, change };
+        self.set_gate();
+        Some(telling)
     }
 
-    /// Tells the store; all replicas hear of it from the news of settings.
-    pub(super) async fn tell_guard(&self, change: GuardChange) {
-        let told = self.store.guard(&self.queue, change).await;
-        let mut guarding = self.guarding();
-        guarding.shut = false;
-        match told {
-            Ok(Some(guard)) => {
-                let (queue, state) = (&self.queue, guard.breaker.as_str());
-                let (until, held_until) = (guard.changes_at(Timestamp::MIN), guard.held_until);
-                tracing::warn!(%queue, breaker = state, ?until, ?held_until, "the handler's guard has changed");
-                let setup = self.setup();
-                guarding.set(guard, setup.settings.breaker.as_ref());
-            }
-            // Somebody else has said it before, and the news of it is under way.
-            Ok(None) => (),
-            // The next delivery that fails says it again.
-            Err(error) => {
-                let error = &error as &dyn std::error::Error;
-                tracing::warn!(queue = %self.queue, error, "cannot leave the handler alone");
-            }
-        }
+    /// Tells the store, as long as the round may; all replicas hear of it from the news of settings.
+    pub(super) async fn tell_guard(&self, telling: Telling<'_>, round: &Round) {
+        let tell = self.store.guard(&self.queue, telling.change.clone());
+        let told = match round.within_grace(tell).await {
+            Some(Ok(Some(guard))) => return self.take_over(guard),
+            // The queue is gone.
+            Some(Ok(None)) => return,
+            Some(Err(error)) => Some(error),
+            None => None,
+        };
+        // The next delivery that fails says it again.
+        let error = told.as_ref().map(|error| error as &dyn std::error::Error);
+        tracing::warn!(queue = %self.queue, error, "cannot tell how the handler is");
     }
 
-    /// Takes over what stands in the store, and moves the gate no further than that.
-    pub(super) fn set_guard(&self, guard: &Guard, breaker: Option<&BreakerSettings>) {
+    /// Takes over what the store answered, unless a later answer was here before.
+    fn take_over(&self, guard: Guard) {
+        let setup = self.setup();
         let mut guarding = self.guarding();
-        guarding.set(guard.clone(), breaker);
-        // Narrowed at once; widened only once the share is known.
-        self.gate.set_limit(guarding.limit(self.gate.limit()));
+        if guard.version <= guarding.guard.version {
+            return;
+        }
+        let (queue, breaker) = (&self.queue, guard.breaker.as_str());
+        let held_until = guard.held_until.map(tracing::field::display);
+        if breaker == guarding.guard.breaker.as_str()
+            && guard.held_until == guarding.guard.held_until
+        {
+            tracing::debug!(%queue, breaker, guard = ?guard.breaker, "the handler is tried");
+        } else {
+            tracing::warn!(%queue, breaker, held_until, "what keeps the handler from being asked has changed");
+        }
+        guarding.set(guard, &setup.settings);
+        guarding.told += 1;
+        drop(guarding);
+        self.set_gate();
+    }
+
+    /// Takes over what stands in the store, unless something was told since `told` was read.
+    pub(super) fn set_guard(&self, guard: &Guard, told: Option<u64>) {
+        let setup = self.setup();
+        let mut guarding = self.guarding();
+        if told.is_none_or(|told| guarding.told == told) {
+            guarding.set(guard.clone(), &setup.settings);
+        }
         self.meters.breaker.set(match guarding.guard.breaker {
             Breaker::Closed => 0.0,
             Breaker::HalfOpen { .. } => 1.0,
             Breaker::Open { .. } => 2.0,
         });
+        drop(guarding);
+        self.set_gate();
     }
 
     pub(super) fn guarding(&self) -> MutexGuard<'_, Guarding> {
         self.guarding.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Something of which the store is told; over, however that ends, when it is dropped.
+pub(super) struct Telling<'a> {
+    pump: &'a QueuePump,
+    change: GuardChange,
+}
+
+impl Drop for Telling<'_> {
+    fn drop(&mut self) {
+        {
+            let mut guarding = self.pump.guarding();
+            guarding.told += 1;
+            // What went well shut nobody out meanwhile.
+            if !matches!(self.change, GuardChange::WentWell { .. }) {
+                guarding.telling = guarding.telling.saturating_sub(1);
+                if guarding.telling == 0 {
+                    guarding.held_until = None;
+                }
+            }
+        }
+        self.pump.set_gate();
     }
 }

@@ -23,8 +23,8 @@ use crate::telemetry::metrics;
 
 use super::QueuePump;
 use super::care::Care;
+use super::ceiling::Ceiling;
 use super::embed::Queue;
-use super::gate::Gate;
 use super::keeper;
 use super::round;
 
@@ -116,7 +116,7 @@ pub(super) struct House {
     pub(super) connector: Connector,
     /// Handlers in this program, by queue.
     pub(super) services: HashMap<QueueName, Handler>,
-    pub(super) ceiling: Arc<Gate>,
+    pub(super) ceiling: Arc<Ceiling>,
     pub(super) care: Arc<Care>,
     known: Mutex<Known>,
     pumps: Mutex<BTreeMap<QueueName, Arc<QueuePump>>>,
@@ -134,8 +134,18 @@ pub(super) struct Known {
     pub(super) state: RunState,
     replicas: Vec<ReplicaName>,
     heard: Instant,
+    /// What the store's clock said, and when.
+    pub(super) clock: Option<(Timestamp, Instant)>,
     /// Whether something is stopped until a moment, which no news will tell.
     pub(super) timed_pauses: bool,
+}
+
+impl Known {
+    /// What the store's clock should say now, if it has said something.
+    pub(super) fn store_now(&self) -> Option<Timestamp> {
+        let (then, asked) = self.clock?;
+        Some(then.checked_add(asked.elapsed()).unwrap_or(Timestamp::MAX))
+    }
 }
 
 impl Pumphouse {
@@ -194,10 +204,8 @@ impl Pumphouse {
 
     /// Has a queue's handler asked again, whatever it or its breaker said.
     pub async fn lift(&self, queue: &QueueName) -> store::Result<()> {
-        if self.0.store.guard(queue, GuardChange::Lifted).await?.is_some() {
-            self.0.line_up().await?;
-        }
-        Ok(())
+        // All processes hear of it, this one too, if there was something to lift.
+        self.0.store.guard(queue, GuardChange::Lifted).await.map(drop)
     }
 
     /// Starts the whole pump: every queue that is not stopped itself.
@@ -309,6 +317,7 @@ impl Builder {
             state: RunState::Running,
             replicas: Vec::new(),
             heard: Instant::now(),
+            clock: None,
             timed_pauses: false,
         };
         let house = Arc::new(House {
@@ -319,7 +328,7 @@ impl Builder {
             clock: self.clock,
             connector: deliver::connector(),
             services: self.queues.into_iter().map(|queue| (queue.name, queue.handler)).collect(),
-            ceiling: Gate::new(CEILING_DEFAULT),
+            ceiling: Ceiling::new(CEILING_DEFAULT),
             care: Arc::default(),
             known: Mutex::new(known),
             pumps: Mutex::default(),

@@ -1,20 +1,21 @@
 //! Brings the pumps of this process in line with what the store wants: which queues there are, how they
 //! are set, who is stopped. Whenever something changed, and, if a word of it was lost, within a second.
 
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
-use jiff::Timestamp;
 use tokio::sync::Semaphore;
 
 use crate::deliver::{self, Surroundings};
 use crate::model::{
-    self, Breaker, Guard, GuardChange, QueueName, QueueRecord, QueueSettings, RunState, Stopped,
+    self, Breaker, GuardChange, QueueName, QueueRecord, QueueSettings, RunState, Stopped,
 };
 use crate::store;
 use crate::telemetry::metrics::QueueMeters;
 
+use super::ceiling::Below;
 use super::gate::Gate;
 use super::house::{House, Stop, StopReport};
 use super::round::{self, Mode, Round};
@@ -125,17 +126,18 @@ impl House {
         }
         let pump = self.store.pump().await?;
         let state = self.start_if_time(None, pump.state).await?;
+        // Before they are read, so that what is told meanwhile is not taken back.
+        let told = |pump: Arc<QueuePump>| (pump.queue.clone(), pump.guarding().told());
+        let told = self.pumps().into_iter().map(told).collect::<HashMap<_, _>>();
         let mut queues = self.store.queues().await?;
         for queue in &mut queues {
             let state = std::mem::take(&mut queue.state);
             queue.state = self.start_if_time(Some(&queue.name), state).await?;
-            queue.guard =
-                self.try_again_if_time(&queue.name, std::mem::take(&mut queue.guard)).await?;
+            self.try_again_if_time(queue).await?;
         }
-        self.ceiling.set_limit(pump.ceiling);
         let timed = |state: &RunState| matches!(state, RunState::Stopped(stopped) if stopped.until.is_some());
-        let guarded = |queue: &QueueRecord| queue.guard.changes_at(Timestamp::MIN).is_some();
-        let waits = |queue: &QueueRecord| timed(&queue.state) || guarded(queue);
+        let is_open = |queue: &QueueRecord| matches!(queue.guard.breaker, Breaker::Open { .. });
+        let waits = |queue: &QueueRecord| timed(&queue.state) || is_open(queue);
         let timed_pauses = timed(&state) || queues.iter().any(waits);
         {
             let mut known = self.known();
@@ -149,9 +151,11 @@ impl House {
         // Gates are moved before anything new is started behind them.
         for queue in &queues {
             if let Some(pump) = self.lock_pumps().get(&queue.name) {
-                pump.set_guard(&queue.guard, queue.settings.breaker.as_ref());
+                pump.set_guard(&queue.guard, told.get(&queue.name).copied());
             }
         }
+        let handled = self.pumps().iter().filter(|pump| pump.setup().handler.is_some()).count();
+        self.ceiling.set(pump.ceiling, handled);
         let attended = self.attend(false).await?;
         for queue in &queues {
             if let Some(pump) = self.lock_pumps().get(&queue.name)
@@ -181,13 +185,24 @@ impl House {
         }
     }
 
-    /// Lets some deliveries through a breaker that was open for long enough.
-    async fn try_again_if_time(&self, queue: &QueueName, guard: Guard) -> store::Result<Guard> {
-        if !matches!(guard.breaker, Breaker::Open { .. }) {
-            return Ok(guard);
+    /// Lets some deliveries through a breaker that was open for long enough, and closes one that nobody wants.
+    async fn try_again_if_time(&self, queue: &mut QueueRecord) -> store::Result<()> {
+        let change = match (&queue.guard.breaker, &queue.settings.breaker) {
+            (Breaker::Closed, _) | (Breaker::HalfOpen { .. }, Some(_)) => return Ok(()),
+            (Breaker::Open { .. }, Some(breaker)) => {
+                let now = self.known().store_now();
+                if now.is_some_and(|now| !queue.guard.is_to_be_tried(breaker, now)) {
+                    return Ok(());
+                }
+                // The store looks at its own clock, and does nothing before the time.
+                GuardChange::TimeIsUp(breaker.clone())
+            }
+            (Breaker::Open { .. } | Breaker::HalfOpen { .. }, None) => GuardChange::Lifted,
+        };
+        if let Some(guard) = self.store.guard(&queue.name, change).await? {
+            queue.guard = guard;
         }
-        // The store looks at its clock, and does nothing before the time.
-        Ok(self.store.guard(queue, GuardChange::TimeIsUp).await?.unwrap_or(guard))
+        Ok(())
     }
 
     /// Stops the pumps of queues that are gone, and keeps those that still have something open.
@@ -208,6 +223,7 @@ impl House {
         // A queue that was deleted and made again has the gate behind which the old one is still open.
         let again = self.lock_gone().extract_if(.., |pump| pump.queue == queue.name).next();
         if let Some(pump) = again {
+            pump.guarding().forget();
             pumps.insert(queue.name.clone(), pump);
         }
         if let Some(pump) = pumps.get(&queue.name) {
@@ -215,8 +231,8 @@ impl House {
                 let setup = self.setup(&queue.name, &queue.settings, &pump.meters);
                 *pump.setup.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(setup);
                 // Narrowed at once; widened only once the share is known.
-                let limit = queue.settings.concurrency.most();
-                pump.gate.set_limit(pump.gate.limit().min(limit));
+                pump.share.fetch_min(queue.settings.concurrency.most(), Ordering::Relaxed);
+                pump.set_gate();
             }
             return;
         }
@@ -230,12 +246,12 @@ impl House {
             meters,
             gate: Gate::new(0),
             ceiling: Arc::clone(&self.ceiling),
+            below: Below::default(),
             care: Arc::clone(&self.care),
             setup: RwLock::new(Arc::new(setup)),
             guarding: Mutex::default(),
             pace: Mutex::default(),
             share: AtomicU32::new(0),
-            neighbours: AtomicU32::new(0),
             replicas: AtomicUsize::new(1),
             rounds: Mutex::default(),
             held: AtomicUsize::new(0),

@@ -10,6 +10,7 @@
 //! ```
 
 mod care;
+mod ceiling;
 mod embed;
 mod guarding;
 mod gate;
@@ -37,10 +38,11 @@ use crate::model::{
     ReplicaName, Settlement,
 };
 use crate::policy::{self, Decision};
-use crate::store::{Settle, Store};
+use crate::store::{Settle, Store, target_gone};
 use crate::telemetry::metrics::QueueMeters;
 
 use care::Care;
+use ceiling::{Below, Ceiling};
 use gate::{Gate, Slot};
 use guarding::Guarding;
 use pace::Pace;
@@ -59,15 +61,15 @@ struct QueuePump {
     /// How many deliveries of this queue may be open here.
     gate: Arc<Gate>,
     /// How many of all queues.
-    ceiling: Arc<Gate>,
+    ceiling: Arc<Ceiling>,
+    /// How many of this queue are open below it.
+    below: Below,
     care: Arc<Care>,
     setup: RwLock<Arc<Setup>>,
     guarding: Mutex<Guarding>,
     pace: Mutex<Pace>,
     /// This process' share of the limit, before anything else bounds it.
     share: AtomicU32,
-    /// How many other queues are handled in this process.
-    neighbours: AtomicU32,
     /// How many processes there are.
     replicas: AtomicUsize,
     rounds: Mutex<Vec<Arc<Round>>>,
@@ -94,7 +96,7 @@ struct Setup {
 /// given back together.
 struct Slots {
     _queue: Slot,
-    _ceiling: Slot,
+    _ceiling: ceiling::Place,
     _care: care::Place,
 }
 
@@ -109,23 +111,24 @@ impl QueuePump {
         while let Some(Held { leased: next, since }) = next(&mut leased, &round).await {
             learn(&self.usual_size, next.message.body.len() as u64);
             let setup = self.setup();
-            let Some(care) = self.approach(&next, setup.settings.recovery.max_crashes) else {
+            let Some(care) = self.approach(&next, &setup.settings, round.mode) else {
                 self.hold_no_longer();
                 round.tasks.spawn(Arc::clone(&self).let_wait(next, Arc::clone(&round)));
                 continue;
             };
             let slots = self.enter_in_time(&next, since, &setup, &round, care).await;
             self.hold_no_longer();
-            let expired = is_expired(&next, since);
+            // Looked at again, because it may have waited for its turn: the gate may be shut by now.
+            let too_late = is_expired(&next, since) || self.gate.limit() == 0;
             match (slots, &setup.handler) {
-                (Some(slots), Some(_)) if !round.closed.is_cancelled() && !expired => {
+                (Some(slots), Some(_)) if !round.closed.is_cancelled() && !too_late => {
                     let carry = Arc::clone(&self).carry(next, slots, setup, Arc::clone(&round));
                     round.tasks.spawn(carry);
                 }
-                // Not started: stopped meanwhile, held for too long, expired while it was held, or too
-                // little of the lease is left.
+                // Not started: stopped meanwhile, held for too long, expired while it was held, the handler is to
+                // be left alone, or too little of the lease is left.
                 _ => {
-                    if !round.closed.is_cancelled() && !expired {
+                    if !round.closed.is_cancelled() && !too_late {
                         self.late.store(true, Ordering::Relaxed);
                         // What was usual no longer is: hold nothing ahead until deliveries say otherwise.
                         self.usual.store(HELD_MAX.as_micros() as u64, Ordering::Relaxed);
@@ -152,14 +155,15 @@ impl QueuePump {
         round: Arc<Round>,
     ) {
         let started = (Instant::now(), self.clock.now());
-        let probes = self.guarding().is_probing();
+        let step = self.guarding().step();
         self.meters.queue_wait_seconds.record(wait(&leased));
 
         let outcome = self.deliver(&leased, &setup, &round).await;
         let was_cut = matches!(&outcome, Err(failure) if failure.kind == ErrorKind::Cancelled);
-        let decision = self.judge(&leased, &setup, started.0, &outcome, probes);
+        let decision = self.judge(&leased, &setup, started.0, &outcome, step.is_some());
+        let decision = self.with_a_target(decision).await;
         self.learn_pace(started.0.elapsed(), &outcome, &setup.settings);
-        let change = self.heed(&outcome, &decision, &setup.settings, probes);
+        let telling = self.heed(&outcome, &decision, &setup.settings, step);
         let record = self.record(&leased, started, &decision.settlement, &outcome);
         let took = u64::try_from(started.0.elapsed().as_micros()).unwrap_or(u64::MAX);
         learn(&self.usual, took.max(1));
@@ -178,12 +182,12 @@ impl QueuePump {
             sent: Vec::new(),
         };
         let settled = self.settle(settle, &round);
-        match change {
-            Some(change) => drop(tokio::join!(settled, self.tell_guard(change))),
+        match telling {
+            Some(telling) => drop(tokio::join!(settled, self.tell_guard(telling, &round))),
             None => settled.await,
         }
         if let Some(reason) = decision.stop_queue {
-            self.stop_for(reason).await;
+            self.stop_for(reason, &round).await;
         }
     }
 
@@ -210,13 +214,28 @@ impl QueuePump {
     }
 
     /// The queue's own gate first, so that a queue that is full waits without holding a place that
-    /// another queue could use. Waits there for at most `patience`; looks at least once.
+    /// another queue could use. Waits there, and for its turn by the rate limit, for at most `patience`; looks at
+    /// least once.
     async fn enter(&self, patience: Duration, care: care::Place) -> Option<Slots> {
-        let queue = tokio::time::timeout(patience, self.gate.enter()).await.ok()?;
-        // Before the ceiling, so that who waits for its turn holds no place that another queue could use.
-        self.in_turn().await;
-        let ceiling = self.ceiling.enter().await;
-        Some(Slots { _queue: queue, _ceiling: ceiling, _care: care })
+        let until = tokio::time::Instant::now().checked_add(patience);
+        let gate_and_turn = async {
+            let queue = self.gate.enter().await;
+            self.in_turn().await;
+            queue
+        };
+        let queue = match until {
+            Some(until) => tokio::time::timeout_at(until, gate_and_turn).await.ok()?,
+            None => gate_and_turn.await,
+        };
+        loop {
+            let ceiling = self.ceiling.enter(&self.below).await;
+            // Last of all, so that no token is lost.
+            if self.take_token() {
+                return Some(Slots { _queue: queue, _ceiling: ceiling, _care: care });
+            }
+            drop(ceiling);
+            self.in_turn().await;
+        }
     }
 
     async fn deliver(
@@ -259,6 +278,17 @@ impl QueuePump {
             }
             Err(failure) => policy::after_failure(recovery, failure, leased.tries, age, chance),
         }
+    }
+
+    /// A move to a queue that was deleted is a dead letter. The store knows that too, for one that is deleted a moment
+    /// later; but then its record says that it was moved.
+    async fn with_a_target(&self, decision: Decision) -> Decision {
+        let Settlement::Move { to_queue, reason } = &decision.settlement else { return decision };
+        if !matches!(self.store.queue(to_queue).await, Ok(None)) {
+            return decision;
+        }
+        let reason = target_gone(reason, to_queue);
+        Decision { settlement: Settlement::DeadLetter { reason }, ..decision }
     }
 
     fn record(

@@ -4,8 +4,8 @@ use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::model::{Answer, ErrorKind, Failure, QueueSettings};
-use crate::policy::{Adaptive, Bucket, Rate, Sample};
+use crate::model::{Answer, ErrorKind, Failure, QueueSettings, Scope};
+use crate::policy::{Adaptive, Bucket, Load, Rate, Sample};
 
 use super::QueuePump;
 
@@ -17,17 +17,38 @@ pub(super) struct Pace {
 }
 
 impl QueuePump {
-    /// Moves the gate to what is allowed now: this process' share, unless the handler is to be left alone, or
-    /// serves fewer better. One place below the ceiling stays free for each of the `neighbours`, so that a queue
-    /// whose handler hangs never takes all of them.
+    /// Takes over this process' share of the limit.
     pub(super) fn move_gate(&self, share: u32) {
         self.share.store(share, Ordering::Relaxed);
-        let neighbours = self.neighbours.load(Ordering::Relaxed);
-        let room = self.ceiling.limit().saturating_sub(neighbours).max(1);
-        let guarded = self.guarding().limit(share.min(room));
-        let limit = self.found_limit().map_or(guarded, |found| guarded.min(found));
-        self.gate.set_limit(limit);
-        self.meters.limit.set(f64::from(limit));
+        self.set_gate();
+    }
+
+    /// Moves the gate to what is allowed now: this process' share, unless the handler is to be left alone, is
+    /// tried by a few, or serves fewer better.
+    pub(super) fn set_gate(&self) {
+        let found = self.found_limit().unwrap_or(u32::MAX);
+        let settings = &self.setup().settings;
+        // Held until the gate is moved, so that an older reading does not move it after a newer one.
+        let guarding = self.guarding();
+        let share = self.share.load(Ordering::Relaxed);
+        let limit = guarding.limit(share, settings).min(found);
+        match guarding.step() {
+            None => self.gate.set(limit, None),
+            // The share is of those few; what was open before counts for the queue's own limit.
+            Some(_) if limit > 0 => self.gate.set(self.fair_part(settings), Some(limit)),
+            Some(_) => self.gate.set(0, Some(0)),
+        }
+        self.meters.limit.set(f64::from(self.gate.limit()));
+    }
+
+    /// What this process could have of the queue's limit if all had the same.
+    fn fair_part(&self, settings: &QueueSettings) -> u32 {
+        let replicas = u32::try_from(self.replicas.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
+        let most = settings.concurrency.most();
+        match settings.concurrency.scope {
+            Scope::Cluster => most.div_ceil(replicas.max(1)),
+            Scope::Replica => most,
+        }
     }
 
     /// The limit that was found for an adaptive gate.
@@ -51,39 +72,48 @@ impl QueuePump {
         settings: &QueueSettings,
     ) {
         let Some(bounds) = settings.concurrency.adaptive else { return };
-        let overloaded = match outcome {
-            Ok(_) => false,
-            // Who was cut, or never came through, says nothing of how long it takes.
-            Err(Failure { kind: ErrorKind::Timeout, .. }) => true,
-            Err(Failure { status: Some(status), .. }) => matches!(status, 429 | 503),
+        let load = match outcome {
+            Ok(_) => Load::Served(took),
+            Err(Failure { kind: ErrorKind::Timeout, .. }) => Load::Refused,
+            Err(Failure { status: Some(429 | 503), .. }) => Load::Refused,
+            // What fails at once, was cut or never came through says nothing of how long it takes.
             Err(_) => return,
         };
         let moved = {
             let mut pace = self.pace();
             let Some(adaptive) = &mut pace.adaptive else { return };
             let before = adaptive.limit(bounds);
-            let sample = Sample { took, open: self.gate.open(), overloaded };
-            adaptive.note(sample, bounds, Instant::now());
+            let now = Instant::now();
+            let began = now.checked_sub(took).unwrap_or(now);
+            adaptive.note(Sample { began, open: self.gate.open(), load }, bounds, now);
             adaptive.limit(bounds) != before
         };
         if moved {
-            self.move_gate(self.share.load(Ordering::Relaxed));
+            self.set_gate();
         }
     }
 
     /// Waits until the rate limit lets one more start. A change of the limit is in force within [`LOOK`].
     pub(super) async fn in_turn(&self) {
-        while let Some(rate) = self.rate() {
-            let now = Instant::now();
-            let taken = {
-                let mut pace = self.pace();
-                pace.bucket.get_or_insert_with(|| Bucket::new(rate, now)).take(rate, now)
-            };
-            match taken {
-                Ok(()) => return,
-                Err(wait) => tokio::time::sleep(wait.min(LOOK)).await,
-            }
+        while let Some(wait) = self.ask_bucket(Bucket::wait) {
+            tokio::time::sleep(wait.min(LOOK)).await;
         }
+    }
+
+    /// Takes a token for one that starts; `false` where somebody else was faster.
+    pub(super) fn take_token(&self) -> bool {
+        self.ask_bucket(|bucket, rate, now| bucket.take(rate, now).err()).is_none()
+    }
+
+    /// What the bucket says; nothing where there is no rate limit.
+    fn ask_bucket(
+        &self,
+        ask: impl FnOnce(&mut Bucket, Rate, Instant) -> Option<Duration>,
+    ) -> Option<Duration> {
+        let rate = self.rate()?;
+        let now = Instant::now();
+        let mut pace = self.pace();
+        ask(pace.bucket.get_or_insert_with(|| Bucket::new(rate, now)), rate, now)
     }
 
     /// How many may start within [`AHEAD`]; `None` for as many as there are.

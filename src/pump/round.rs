@@ -65,6 +65,19 @@ impl Round {
         self.report()
     }
 
+    /// Does this, unless the round was cut and [`SETTLE_GRACE`] is over as well; then `None`.
+    pub(crate) async fn within_grace<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        let grace = async {
+            self.cut.cancelled().await;
+            tokio::time::sleep(SETTLE_GRACE).await;
+        };
+        tokio::select! {
+            biased;
+            done = work => Some(done),
+            () = grace => None,
+        }
+    }
+
     pub(crate) fn count_ended(&self, was_cut: bool) {
         if was_cut {
             self.aborted.fetch_add(1, Ordering::Relaxed);
@@ -103,4 +116,4 @@ pub(crate) async fn end_all(rounds: Vec<Arc<Round>>, deadline: Instant) -> StopR
 
 /// How long after the cut a settlement may still be tried, so that a stop ends by its deadline while the
 /// database is away. What is not written by then comes back when its lease runs out.
-pub(crate) const SETTLE_GRACE: Duration = Duration::from_secs(1);
+const SETTLE_GRACE: Duration = Duration::from_secs(1);

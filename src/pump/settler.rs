@@ -7,23 +7,15 @@ use crate::model::{Leased, Outcome, RunState, Settlement, Stopped};
 use crate::store::{Settle, Settled};
 
 use super::QueuePump;
-use super::round::{Round, SETTLE_GRACE};
+use super::round::Round;
 
 impl QueuePump {
     /// Settles, and counts what was written. Gives up when the lease is over, because then the message
     /// comes back anyway, or shortly after the round was cut.
     pub(super) async fn settle(&self, settle: Settle, round: &Round) {
         let until = settle.lease.until;
-        let grace = async {
-            round.cut.cancelled().await;
-            tokio::time::sleep(SETTLE_GRACE).await;
-        };
-        tokio::select! {
-            biased;
-            () = self.settle_until(settle, until) => (),
-            () = grace => {
-                tracing::warn!(queue = %self.queue, "not settled before the stop; the message comes back");
-            }
+        if round.within_grace(self.settle_until(settle, until)).await.is_none() {
+            tracing::warn!(queue = %self.queue, "not settled before the stop; the message comes back");
         }
     }
 
@@ -103,7 +95,7 @@ impl QueuePump {
 
     /// Stops this queue on every replica, because its handler asked for it. The house hears of it from
     /// the news of settings and closes the round.
-    pub(super) async fn stop_for(&self, reason: String) {
+    pub(super) async fn stop_for(&self, reason: String, round: &Round) {
         tracing::warn!(queue = %self.queue, %reason, "queue stopped");
         let stopped = Stopped {
             at: self.clock.now(),
@@ -114,10 +106,10 @@ impl QueuePump {
         let state = RunState::Stopped(stopped);
         // Only a queue that runs: what an operator stopped keeps the operator's reason and time.
         let running = Some(RunState::Running);
-        if let Err(error) = self.store.set_run_state(Some(&self.queue), state, running).await {
-            // The next message of the queue meets the same answer and stops it then.
-            tracing::error!(queue = %self.queue, error = &error as &dyn std::error::Error, "cannot stop the queue");
-        }
+        let stopped = self.store.set_run_state(Some(&self.queue), state, running);
+        let Some(Err(error)) = round.within_grace(stopped).await else { return };
+        // The next message of the queue meets the same answer and stops it then.
+        tracing::error!(queue = %self.queue, error = &error as &dyn std::error::Error, "cannot stop the queue");
     }
 }
 

@@ -42,15 +42,13 @@ impl House {
             return Err(late());
         }
         self.heard(asked);
+        self.known().clock = Some((attended.now, asked));
         count_reaped(&attended.reaped);
         let replicas = attended.replicas.len().max(1);
-        let handled = pumps.iter().filter(|pump| pump.setup().handler.is_some()).count();
-        let neighbours = u32::try_from(handled.saturating_sub(1)).unwrap_or(u32::MAX);
         let mut waiting = false;
         for ((pump, want), share) in pumps.iter().zip(&wants).zip(&attended.shares) {
             pump.guarding().tell_time(attended.now, asked);
             pump.replicas.store(replicas, Ordering::Relaxed);
-            pump.neighbours.store(neighbours, Ordering::Relaxed);
             pump.move_gate(*share);
             // It has still to get a share, or to show that it gave one up.
             waiting |= (*share as usize) < want.limit as usize / replicas
@@ -77,8 +75,8 @@ impl House {
 
     fn shut_shared_gates(&self) {
         for pump in self.pumps() {
-            if pump.setup().settings.concurrency.scope == Scope::Cluster {
-                pump.gate.set_limit(0);
+            if pump.shares_its_limit() {
+                pump.move_gate(0);
             }
         }
     }
@@ -103,17 +101,26 @@ impl House {
 }
 
 impl QueuePump {
-    fn want(self: &Arc<Self>) -> Want {
-        let concurrency = self.setup().settings.concurrency.clone();
-        let guarding = self.guarding();
+    fn want(&self) -> Want {
+        let setup = self.setup();
+        // Where nobody here handles the queue, all of it is for the others.
+        let limit = match setup.handler {
+            Some(_) => self.guarding().limit(setup.settings.concurrency.most(), &setup.settings),
+            None => 0,
+        };
         Want {
             queue: self.queue.clone(),
-            limit: guarding.limit(concurrency.most()),
-            // One breaker over all replicas lets through so many over all.
-            shared: concurrency.scope == Scope::Cluster || guarding.is_probing(),
+            limit,
+            shared: setup.handler.is_some() && self.shares_its_limit(),
             // Up to its limit more may be opened before the answer is here.
-            open: self.gate.open().max(self.gate.limit()),
+            open: self.gate.counted().max(self.gate.limit()),
         }
+    }
+
+    /// Whether its limit is one over all replicas; that of a half-open breaker always is.
+    fn shares_its_limit(&self) -> bool {
+        let scope = self.setup().settings.concurrency.scope;
+        scope == Scope::Cluster || self.guarding().step().is_some()
     }
 }
 

@@ -180,8 +180,8 @@ pub trait Store: Debug + Send + Sync + 'static {
         from: Option<RunState>,
     ) -> Result<bool>;
 
-    /// Tells what happened to a queue's guard; gives what became of it, by the database's clock, or `None` where
-    /// nothing did ([`Guard::after`]) or there is no such queue.
+    /// Tells what happened to a queue's guard; gives what has become of it by the database's clock, changed or not;
+    /// `None` where there is no such queue.
     async fn guard(&self, queue: &QueueName, change: GuardChange) -> Result<Option<Guard>>;
 
     /// Whether the whole pump is to run, and its ceiling over all queues.
@@ -519,7 +519,7 @@ pub async fn open(url: &str, clock: Arc<dyn Clock>) -> Result<Arc<dyn Store>> {
 }
 
 /// Why a message is dead that was to be moved to a queue which is not there.
-fn target_gone(reason: &str, to_queue: &QueueName) -> String {
+pub(crate) fn target_gone(reason: &str, to_queue: &QueueName) -> String {
     format!("{reason}; the queue {to_queue}, to which a rule moves it, is gone")
 }
 

@@ -12,8 +12,8 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 use crate::model::{
-    DeliveryRecord, Guard, MessageId, QueueName, QueueSettings, Record, ReplicaName, RunState,
-    State, Token,
+    DELIVERIES_KEPT, DeliveryRecord, Guard, MessageId, QueueName, QueueSettings, Record,
+    ReplicaName, RunState, State, Token,
 };
 
 use super::super::{CEILING_DEFAULT, News, PumpRecord, Receipt};
@@ -251,7 +251,9 @@ impl Row {
     /// Keeps the record of a delivery. An attempt has one record: the first word counts.
     pub(super) fn remember(&mut self, delivery: DeliveryRecord) {
         if self.deliveries.iter().all(|known| known.number != delivery.number) {
+            let forgotten = delivery.number.saturating_sub(DELIVERIES_KEPT);
             self.deliveries.push(delivery);
+            self.deliveries.retain(|known| known.number > forgotten);
         }
     }
 

@@ -32,7 +32,11 @@ impl Books {
             return PutQueue::PreconditionFailed;
         }
         self.settings_changed();
-        let known = self.queues.get_mut(name).map(|queue| queue.settings = settings.clone());
+        let before = self.queue(name);
+        let known = self.queues.get_mut(name).map(|queue| {
+            queue.guard = before.map(|before| before.guard_under(&settings)).unwrap_or_default();
+            queue.settings = settings.clone();
+        });
         if known.is_none() {
             self.queues.insert(name.clone(), Queue::new(settings));
         }
@@ -89,9 +93,11 @@ impl Books {
         now: Timestamp,
     ) -> Option<Guard> {
         let queue = self.queues.get_mut(name)?;
-        queue.guard = queue.guard.after(change, now)?;
-        let guard = queue.guard.clone();
-        self.settings_changed();
+        let guard = queue.guard.after(change, now);
+        if guard != queue.guard {
+            queue.guard = guard.clone();
+            self.settings_changed();
+        }
         Some(guard)
     }
 

@@ -10,7 +10,7 @@ use sqlx::{PgConnection, Row, query, query_scalar};
 
 use crate::model::ReplicaName;
 
-use super::super::{Attendance, Attended, Reaped, Result, Want};
+use super::super::{Attendance, Attended, Reaped, Result};
 use super::Postgres;
 use super::fault::{Trouble, unreadable};
 use super::rows;
@@ -56,7 +56,9 @@ where not exists (select 1 from replica where replica.name = share.replica)
 
 // Lives on: queue_name_key and the primary key of share.
 const TAKEN: &str = "\
-select queue.id, queue.name, coalesce(sum(share.slots) filter (where share.replica <> $1), 0)::bigint as others
+select queue.id, queue.name, coalesce(sum(share.slots) filter (where share.replica <> $1), 0)::bigint as others,
+    count(*) filter (where share.replica <> $1) as rivals,
+    count(*) filter (where share.replica < $1) as before
 from queue
 left join share on share.queue_id = queue.id
 where queue.name = any($2)
@@ -158,7 +160,7 @@ async fn report(
     }
     query(FORGET_DEAD).execute(&mut *connection).await?;
     let replicas = alive(connection).await?;
-    let shares = shares(connection, attendance, &replicas).await?;
+    let shares = shares(connection, attendance).await?;
     let row = query(REVISION).fetch_one(connection).await?;
     let (revision, now) = (row.try_get("revision")?, rows::moment(row.try_get("now")?)?);
     Ok(Attended { shares, reaped: Vec::new(), replicas, revision, now })
@@ -172,11 +174,7 @@ async fn alive(connection: &mut PgConnection) -> sqlx::Result<Vec<ReplicaName>> 
     names.into_iter().map(parse).collect()
 }
 
-async fn shares(
-    connection: &mut PgConnection,
-    attendance: &Attendance,
-    replicas: &[ReplicaName],
-) -> sqlx::Result<Vec<u32>> {
+async fn shares(connection: &mut PgConnection, attendance: &Attendance) -> sqlx::Result<Vec<u32>> {
     let name = attendance.replica.as_str();
     let shared = attendance.wants.iter().filter(|want| want.shared && !attendance.leaving);
     let queues = shared.map(|want| want.queue.as_str()).collect::<Vec<_>>();
@@ -184,34 +182,47 @@ async fn shares(
     let mut taken = HashMap::new();
     for row in query(TAKEN).bind(name).bind(&queues).fetch_all(&mut *connection).await? {
         let queue = rows::queue_name(row.try_get("name")?)?;
-        taken.insert(queue, (row.try_get::<i32, _>("id")?, row.try_get::<i64, _>("others")?));
+        let taken_here = Taken {
+            id: row.try_get("id")?,
+            others: row.try_get("others")?,
+            rivals: row.try_get("rivals")?,
+            before: row.try_get("before")?,
+        };
+        taken.insert(queue, taken_here);
     }
     let (mut shares, mut ids, mut slots) = (Vec::new(), Vec::new(), Vec::new());
     for want in &attendance.wants {
-        let target = target(want, attendance, replicas);
-        let Some((id, others)) = taken.get(&want.queue).filter(|_| want.shared) else {
-            shares.push(target);
+        let Some(taken) = taken.get(&want.queue).filter(|_| want.shared) else {
+            shares.push(if attendance.leaving { 0 } else { want.limit });
             continue;
         };
-        let left = u32::try_from(i64::from(want.limit) - others).unwrap_or(0);
-        let share = target.min(left);
+        let left = u32::try_from(i64::from(want.limit) - taken.others).unwrap_or(0);
+        let share = taken.fair(want.limit).min(left);
         shares.push(share);
-        ids.push(*id);
+        ids.push(taken.id);
         slots.push(i32::try_from(share.max(want.open)).unwrap_or(i32::MAX));
     }
     query(TAKE).bind(name).bind(ids).bind(slots).execute(connection).await?;
     Ok(shares)
 }
 
-/// How many deliveries would be fair: an equal part, and one of the rest for those that come first by name.
-fn target(want: &Want, attendance: &Attendance, replicas: &[ReplicaName]) -> u32 {
-    let rank = replicas.iter().position(|replica| *replica == attendance.replica);
-    let Some(rank) = rank.filter(|_| !attendance.leaving) else { return 0 };
-    if !want.shared {
-        return want.limit;
+/// Who wants deliveries of a queue beside this replica.
+struct Taken {
+    id: i32,
+    /// How many the others have.
+    others: i64,
+    /// How many others there are.
+    rivals: i64,
+    /// How many of them come first by name.
+    before: i64,
+}
+
+impl Taken {
+    /// How many deliveries would be fair: an equal part, and one of the rest for those that come first by name.
+    fn fair(&self, limit: u32) -> u32 {
+        let (rank, count) = (self.before as u32, self.rivals as u32 + 1);
+        limit / count + u32::from(rank < limit % count)
     }
-    let (rank, count) = (rank as u32, replicas.len() as u32);
-    want.limit / count + u32::from(rank < want.limit % count)
 }
 
 async fn take_back_all(store: &Postgres) -> Result<Vec<Reaped>> {

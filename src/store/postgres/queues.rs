@@ -35,9 +35,9 @@ for update";
 const INSERT_QUEUE: &str = "\
 insert into queue (
     settings, max_messages, max_crashes, dedup_window, retention_completed, retention_dead,
-    dead_on_expiry, state, name
+    dead_on_expiry, state, name, guard
 )
-values ($1, $2, $3, $4, $5, $6, $7, $8, $9)";
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)";
 
 // Lives on: queue_name_key.
 const UPDATE_QUEUE: &str = "\
@@ -49,7 +49,8 @@ set settings = $1,
     retention_completed = $5,
     retention_dead = $6,
     dead_on_expiry = $7,
-    state = $8
+    state = $8,
+    guard = $10
 where name = $9";
 
 // Lives on: queue_name_key.
@@ -198,7 +199,8 @@ async fn put(
         return Ok(PutQueue::PreconditionFailed);
     }
     let known = old.is_some();
-    let (state, guard) = old.map(|old| (old.state, old.guard)).unwrap_or_default();
+    let guard = old.as_ref().map(|old| old.guard_under(&settings)).unwrap_or_default();
+    let state = old.map(|old| old.state).unwrap_or_default();
     let statement = if known { UPDATE_QUEUE } else { INSERT_QUEUE };
     query(statement)
         .bind(json(&settings))
@@ -210,6 +212,7 @@ async fn put(
         .bind(settings.on_expiry == OnExpiry::DeadLetter)
         .bind(json(&state))
         .bind(name.as_str())
+        .bind(json(&guard))
         .execute(&mut *connection)
         .await?;
     query(COUNT_REVISION).execute(connection).await?;
@@ -320,28 +323,32 @@ pub(super) async fn guard(
             Box::pin(async move { change_guard(connection, &queue, &change).await })
         })
         .await?;
-    if guard.is_some() {
+    if let Some((_, true)) = guard {
         store.herald.tell(Word::of_settings());
     }
-    Ok(guard)
+    Ok(guard.map(|(guard, _)| guard))
 }
 
 async fn change_guard(
     connection: &mut PgConnection,
     queue: &QueueName,
     change: &GuardChange,
-) -> Result<Option<Guard>, Trouble> {
+) -> Result<Option<(Guard, bool)>, Trouble> {
     let row = query(LOCK_QUEUE).bind(queue.as_str()).fetch_optional(&mut *connection).await?;
     let Some(row) = row else { return Ok(None) };
     let now = rows::moment(row.try_get("now")?)?;
-    let Some(guard) = guard_of(row.try_get("guard")?)?.after(change, now) else { return Ok(None) };
+    let before = guard_of(row.try_get("guard")?)?;
+    let guard = before.after(change, now);
+    if guard == before {
+        return Ok(Some((guard, false)));
+    }
     query(SET_QUEUE_GUARD)
         .bind(queue.as_str())
         .bind(json(&guard))
         .execute(&mut *connection)
         .await?;
     query(COUNT_REVISION).execute(connection).await?;
-    Ok(Some(guard))
+    Ok(Some((guard, true)))
 }
 
 pub(super) async fn pump(store: &Postgres) -> Result<PumpRecord> {

@@ -11,7 +11,9 @@ use futures::future::BoxFuture;
 use sqlx::postgres::PgRow;
 use sqlx::{Connection, PgConnection, Row, query};
 
-use crate::model::{DeliveryRecord, Lease, NewMessage, QueueName, Settlement, State};
+use crate::model::{
+    DELIVERIES_KEPT, DeliveryRecord, Lease, NewMessage, QueueName, Settlement, State,
+};
 
 use super::super::{Enqueued, Error, Settle, Settled, target_gone};
 use super::enqueue::Plan;
@@ -306,7 +308,12 @@ from moved"
 );
 
 /// The statements of this file.
-pub(super) const STATEMENTS: &[&str] = &[ACK, SETTLE, MOVE];
+pub(super) const STATEMENTS: &[&str] = &[ACK, SETTLE, MOVE, FORGET_DELIVERIES];
+
+// Lives on: the primary key of delivery, at the beginning of one message.
+const FORGET_DELIVERIES: &str = "\
+delete from delivery
+where seq = $1 and number <= $2";
 
 /// How many settlements that are no acks one statement takes.
 const OTHERS_MAX: usize = 100;
@@ -355,6 +362,13 @@ async fn write(
             }
             tell(&mut word, &row)?;
         }
+    }
+    let many =
+        |call: &&&Settle| call.delivery.as_ref().is_some_and(|it| it.number > DELIVERIES_KEPT);
+    for call in calls.iter().filter(many) {
+        let number = call.delivery.as_ref().map_or(0, |delivery| delivery.number as i32);
+        let forget = query(FORGET_DELIVERIES).bind(call.lease.seq);
+        forget.bind(number - DELIVERIES_KEPT as i32).execute(&mut *connection).await?;
     }
     Ok((settled, word))
 }

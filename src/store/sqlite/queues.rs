@@ -38,10 +38,10 @@ pub(super) async fn one(
 
 // Lives on: the unique index on the name of queue.
 const PUT: &str = "\
-insert into queue (name, settings, state)
-values (?, ?, ?)
+insert into queue (name, settings, state, guard)
+values (?, ?, ?, ?)
 on conflict (name) do update
-set settings = excluded.settings";
+set settings = excluded.settings, guard = excluded.guard";
 
 /// Makes a queue, or replaces its settings, if the precondition holds.
 pub(super) async fn put(
@@ -56,11 +56,13 @@ pub(super) async fn put(
         return Ok(PutQueue::PreconditionFailed);
     }
     let is_new = before.is_none();
-    let (state, guard) = before.map(|queue| (queue.state, queue.guard)).unwrap_or_default();
+    let guard = before.as_ref().map(|queue| queue.guard_under(&settings)).unwrap_or_default();
+    let state = before.map(|queue| queue.state).unwrap_or_default();
     query(PUT)
         .bind(name.as_str().to_owned())
         .bind(text(&settings))
         .bind(text(&state))
+        .bind(text(&guard))
         .execute(&mut desk.connection)
         .await?;
     changed(desk).await?;
@@ -171,7 +173,7 @@ update queue
 set guard = ?
 where name = ?";
 
-/// Changes a queue's guard; says what has become of it, if anything.
+/// Changes a queue's guard; says what has become of it.
 pub(super) async fn guard(
     desk: &mut Desk,
     name: &QueueName,
@@ -180,8 +182,11 @@ pub(super) async fn guard(
     let found = query(QUEUE_GUARD).bind(name.as_str().to_owned());
     let found = found.fetch_optional(&mut desk.connection).await?;
     let now = rows::moment(desk.now)?;
-    let guard = found.as_ref().map(guard_of).transpose()?;
-    let Some(guard) = guard.and_then(|guard| guard.after(change, now)) else { return Ok(None) };
+    let Some(before) = found.as_ref().map(guard_of).transpose()? else { return Ok(None) };
+    let guard = before.after(change, now);
+    if guard == before {
+        return Ok(Some(guard));
+    }
     let set = query(SET_QUEUE_GUARD).bind(text(&guard)).bind(name.as_str().to_owned());
     set.execute(&mut desk.connection).await?;
     changed(desk).await?;

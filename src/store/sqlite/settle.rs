@@ -5,7 +5,7 @@ use std::collections::HashMap;
 
 use sqlx::{Row, query};
 
-use crate::model::{DeliveryRecord, NewMessage, Settlement, State, Token};
+use crate::model::{DELIVERIES_KEPT, DeliveryRecord, NewMessage, Settlement, State, Token};
 
 use super::super::{Enqueued, Error, Result, Settle, Settled, target_gone};
 use super::desk::{Desk, Held};
@@ -228,8 +228,19 @@ pub(super) async fn record_deliveries(
     desk: &mut Desk,
     deliveries: &[(i64, &DeliveryRecord)],
 ) -> sqlx::Result<()> {
-    INSERT_DELIVERIES.all(&mut desk.connection, deliveries, &[bind_delivery]).await
+    INSERT_DELIVERIES.all(&mut desk.connection, deliveries, &[bind_delivery]).await?;
+    for (seq, record) in deliveries.iter().filter(|(_, record)| record.number > DELIVERIES_KEPT) {
+        let forget = query(FORGET_DELIVERIES).bind(*seq);
+        let forget = forget.bind(i64::from(record.number - DELIVERIES_KEPT));
+        forget.execute(&mut desk.connection).await?;
+    }
+    Ok(())
 }
+
+// Lives on: the primary key of delivery, at the beginning of one message.
+const FORGET_DELIVERIES: &str = "\
+delete from delivery
+where seq = ?1 and number <= ?2";
 
 fn bind_delivery(statement: Statement, (seq, record): &(i64, &DeliveryRecord)) -> Statement {
     statement
@@ -247,5 +258,5 @@ fn bind_delivery(statement: Statement, (seq, record): &(i64, &DeliveryRecord)) -
 
 /// The statements of this file.
 pub(super) fn statements() -> impl Iterator<Item = &'static str> {
-    INSERT_DELIVERIES.statements().chain([HELD, ACK, SETTLE, MOVE])
+    INSERT_DELIVERIES.statements().chain([HELD, ACK, SETTLE, MOVE, FORGET_DELIVERIES])
 }

@@ -201,7 +201,10 @@ async fn one_breaker_over_all_processes() {
     // Each process counts to five by itself, and at most four were under way; then 1, 2 and 4 seconds.
     let asked = scene.receiver.count("/q");
     assert!(asked <= 2 * 5 + 4 + 3, "{asked}");
-    assert_eq!(other.client().queue("q").await["breaker_state"], state(&scene).await);
+    eventually("both say the same", async || {
+        other.client().queue("q").await["breaker_state"] == state(&scene).await
+    })
+    .await;
     scene.receiver.set("/q", Mood::ack());
     eventually("all are completed", async || completed(&scene).await == 60).await;
 }
@@ -229,6 +232,74 @@ async fn a_4xx_says_nothing_about_the_handler_and_null_means_no_breaker() {
     })
     .await;
     assert_eq!(scene.client.queue("q").await["breaker"], Value::Null);
+}
+
+#[tokio::test]
+async fn a_patch_turns_it_off_and_on_and_closes_it() {
+    let scene = Scene::new().await;
+    let slow = json!({"failures": 3, "open_for": "1h", "max_open": "1h"});
+    scene.queue_with("q", breaker(json!({"breaker": slow}))).await;
+    scene.receiver.set("/q", Mood::status(500));
+    for number in 0..5 {
+        scene.client.send("q", number.to_string()).await;
+    }
+    eventually("it is open", async || state(&scene).await == "open").await;
+    scene.receiver.set("/q", Mood::ack());
+    let patched = scene.client.patch_queue("q", &json!({"breaker": null})).await;
+    assert_eq!((&patched["breaker"], &patched["breaker_state"]), (&Value::Null, &json!("closed")));
+    eventually("all are completed", async || completed(&scene).await == 5).await;
+    let patched = scene.client.patch_queue("q", &json!({"breaker": {"failures": 7}})).await;
+    assert_eq!(patched["breaker"], json!({"failures": 7, "open_for": "30s", "max_open": "10m"}));
+}
+
+/// A probe that is answered with a time to come back: the next one waits for that, and not for the breaker alone.
+#[tokio::test]
+async fn who_is_tried_and_asks_for_time_gets_it() {
+    let scene = Scene::new().await;
+    let quick = json!({"failures": 3, "open_for": "500ms", "max_open": "500ms"});
+    scene.queue_with("q", breaker(json!({"breaker": quick}))).await;
+    scene.receiver.set("/q", Mood::status(500));
+    for number in 0..5 {
+        scene.client.send("q", number.to_string()).await;
+    }
+    eventually("it is open", async || state(&scene).await == "open").await;
+    eventually("what was under way has ended", async || scene.receiver.open("/q") == 0).await;
+    let asked = scene.receiver.count("/q");
+    scene.receiver.set("/q", Reply::new(503).header("Retry-After", "3600").into());
+    eventually("it is tried", async || scene.receiver.count("/q") > asked).await;
+    never_within("it is tried again", Duration::from_secs(3), || {
+        scene.receiver.count("/q") > asked + 1
+    })
+    .await;
+    assert_ne!(scene.client.queue("q").await["held_until"], Value::Null);
+}
+
+/// One delivery from before hangs, and does not stand in the way of the one that tries.
+#[tokio::test]
+async fn what_hangs_from_before_it_opened_does_not_keep_it_open() {
+    let scene = Scene::new().await;
+    let settings = json!({
+        "breaker": {"failures": 3, "open_for": "500ms", "max_open": "500ms"},
+        "handler": {"timeout": "10m"},
+    });
+    scene.queue_with("q", breaker(settings)).await;
+    scene.receiver.set(
+        "/q",
+        Mood::by(|delivery| match &delivery.body[..] {
+            b"hang" => Mood::Hang,
+            _ => Mood::status(500),
+        }),
+    );
+    scene.client.send("q", "hang").await;
+    scene.receiver.wait_for_open("/q", 1).await;
+    for number in 0..20 {
+        scene.client.send("q", number.to_string()).await;
+    }
+    eventually("it is open", async || state(&scene).await == "open").await;
+    scene.receiver.set("/q", Mood::ack());
+    eventually("all others are completed", async || completed(&scene).await == 20).await;
+    assert_eq!(state(&scene).await, "closed");
+    assert!(scene.receiver.most_open("/q") <= 4, "never more than the limit");
 }
 
 async fn state(scene: &Scene) -> String {

@@ -23,14 +23,14 @@ async fn a_rate_limit_holds_and_a_change_is_in_force_within_a_second(database: D
     let first = scene.receiver.wait_for("/q", 1).await[0].at;
     scene.receiver.wait_for("/q", 65).await;
     let late = scene.receiver.deliveries("/q")[64].at.duration_since(first).as_millis();
-    assert!((2900..4500).contains(&late), "5 at once and 60 at 20 a second: {late} ms");
+    assert!((2900..8000).contains(&late), "5 at once and 60 at 20 a second: {late} ms");
     // What waits for its turn holds nothing that others need, and few leases.
     let started = Instant::now();
     let id = scene.client.send("other", "x").await;
     scene.receiver.wait_for_message(&id).await;
     assert!(started.elapsed() < Duration::from_millis(500), "{:?}", started.elapsed());
     let in_flight = number(&scene.client.queue("q").await, "/stats/in_flight");
-    assert!(in_flight <= 15, "{in_flight} leases");
+    assert!(in_flight <= 20, "{in_flight} leases");
     let raised = json!({"rate_limit": {"limit": 1000, "period": "1s", "burst": 100}});
     scene.client.patch_queue("q", &raised).await;
     let raised = Instant::now();
@@ -97,7 +97,7 @@ async fn an_adaptive_limit_finds_the_knee_follows_it_and_can_be_pinned() {
             limit().await,
             share * 100.0
         );
-        assert!(share >= 0.85, "knee {knee}: {found} of {best} a second");
+        assert!(share >= 0.9, "knee {knee}: {found} of {best} a second");
         let (limit, knee) = (limit().await, knee as f64);
         assert!((knee * 0.5..=knee * 2.0 + 4.0).contains(&limit), "knee {knee}: {limit}");
     }

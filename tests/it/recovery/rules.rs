@@ -84,11 +84,18 @@ async fn what_cannot_be_moved_any_more_is_dead(database: Database) {
     let rules = json!([{"action": "move", "to_queue": "second"}]);
     scene.queue_with("first", json!({"recovery": {"rules": rules}})).await;
     scene.client.delete("/admin/v1/queues/second").await.expect(204);
+    // The rule stays as it was, and the rest can still be changed.
+    scene.client.patch_queue("first", &json!({"concurrency": {"limit": 2}})).await;
+    let shown = scene.client.queue("first").await;
+    scene.client.put_queue("first", &shown).await;
     scene.receiver.set("/first", Mood::status(500));
     let id = scene.client.send("first", "x").await;
     eventually("it is dead", async || scene.client.state(&id).await == "dead").await;
     let reason = text(&scene.client.message(&id).await, "/reason");
     assert!(reason.contains("second") && reason.contains("gone"), "{reason}");
+    assert_eq!(scene.client.message(&id).await["deliveries"][0]["outcome"], "dead_lettered");
+    let metrics = scene.client.metrics().await;
+    assert_eq!(metrics.value("pumphouse_messages_dead_total", &[("queue", "first")]), 1.0);
 }
 
 #[tokio::test]
@@ -115,6 +122,26 @@ async fn a_rule_that_cannot_be_fulfilled_is_refused_and_changes_nothing() {
             json!({"match": {"error_kind": "sulk"}, "action": "retry"}),
             "/recovery/rules/0/match/error_kind",
         ),
+        (
+            json!({"match": {"error_kind": "cancelled"}, "action": "retry"}),
+            "/recovery/rules/0/match/error_kind",
+        ),
+        (
+            json!({"match": {"error_kind": "timeout", "status": 500}, "action": "retry"}),
+            "/recovery/rules/0/match/error_kind",
+        ),
+        (
+            json!({"match": {"attempt": "13-"}, "action": "retry"}),
+            "/recovery/rules/0/match/attempt",
+        ),
+        (
+            json!({"match": {"header": {"x y": "z"}}, "action": "retry"}),
+            "/recovery/rules/0/match/header",
+        ),
+        (
+            json!({"match": {"header": {"X-A": "z", "x-a": "z"}}, "action": "retry"}),
+            "/recovery/rules/0/match/header",
+        ),
         (json!({"match": {"colour": "red"}, "action": "retry"}), "/recovery/rules/0/match"),
     ] {
         let patch = json!({"recovery": {"rules": [rule.clone()]}});
@@ -133,7 +160,7 @@ async fn rules_are_shown_as_they_can_be_put_back() {
     let scene = Scene::new().await;
     scene.queue("other").await;
     let rules = json!([
-        {"match": {"status": [404, "5xx"], "error_kind": ["timeout"], "header": {"x-a": "b"}, "attempt": "3-"},
+        {"match": {"status": [404, "5xx"], "error_kind": ["status"], "header": {"x-a": "b"}, "attempt": "3-"},
          "action": "retry", "delay": "5s"},
         {"match": {}, "action": "move", "to_queue": "other"},
     ]);
@@ -175,6 +202,8 @@ async fn a_row_of_failures_can_be_tried_out() {
     ] {
         simulate(wrong).await.expect(422);
     }
+    let moves = json!({"rules": [{"action": "move", "to_queue": "nowhere"}]});
+    simulate(json!({"failures": [{"status": 500}], "recovery": moves})).await.expect(422);
     let nowhere = "/admin/v1/queues/nowhere/recovery/simulate";
     scene.client.post(nowhere, &json!({"failures": [{"status": 500}]})).await.expect(404);
 }

@@ -3,11 +3,12 @@
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
+use sqlx::{Connection, PgConnection};
 
 use crate::support::client::{ask, number};
-use crate::support::postgres::start_cluster;
+use crate::support::postgres::{Frozen, start_cluster};
 use crate::support::process::Database;
-use crate::support::receiver::Mood;
+use crate::support::receiver::{Gate, Mood, Reply};
 use crate::support::scene::Scene;
 use crate::support::{eventually, on_both};
 
@@ -113,6 +114,39 @@ async fn without_a_database_a_stop_ends_by_its_deadline() {
     cluster.start().await;
     scene.restart().await;
     scene.receiver.set("/q", Mood::ack());
+    eventually("all are handled", async || scene.receiver.successes("/q") == 4).await;
+}
+
+/// What a failure leads to is told to a database that takes the call and never answers.
+#[tokio::test]
+async fn with_a_frozen_database_a_stop_ends_by_its_deadline() {
+    let cluster = start_cluster().await;
+    let scene = Scene::on(Database::Postgres(cluster.url())).await;
+    let settings = json!({
+        "handler": {"timeout": "60s"},
+        "breaker": {"failures": 1, "open_for": "1h", "max_open": "1h"},
+    });
+    scene.queue_with("q", settings).await;
+    let gate = Gate::closed();
+    let busy = Reply::new(503).header("Retry-After", "60");
+    scene.receiver.set("/q", Mood::Held(gate.clone(), busy));
+    send(&scene, 4).await;
+    scene.receiver.wait_for_open("/q", 4).await;
+    let mut connection = PgConnection::connect(&cluster.url()).await.expect("it answers");
+    let frozen = Frozen::whole(&mut connection).await;
+    gate.open();
+    eventually("all have failed", async || scene.receiver.open("/q") == 0).await;
+    let asked = Instant::now();
+    let stop = scene.client.post("/admin/v1/pump/stop", &json!({"deadline": "1s"})).await;
+    let took = asked.elapsed();
+    drop(frozen);
+    println!("answered {} in {took:?}", stop.status);
+    assert!(took < Duration::from_secs(20), "{took:?}");
+    scene.receiver.set("/q", Mood::ack());
+    for path in ["/admin/v1/pump/start", "/admin/v1/queues/q/start"] {
+        eventually("it starts again", async || scene.client.post_nothing(path).await.status == 200)
+            .await;
+    }
     eventually("all are handled", async || scene.receiver.successes("/q") == 4).await;
 }
 

@@ -1,6 +1,5 @@
 //! What the Postgres store does when the server says nothing, and when others hold what it wants to write.
 
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use futures::FutureExt;
@@ -9,34 +8,12 @@ use pumphouse::store::Settled;
 use sqlx::{Connection, Executor, PgConnection};
 
 use crate::support::eventually;
-use crate::support::postgres::{fresh_database, start_cluster};
+use crate::support::postgres::{Frozen, fresh_database, start_cluster};
 use crate::support::stage::{ALL, LONG, Stage, bodies_of, claim, message, together};
 use crate::support::stores::on_postgres;
 
 /// How long a store may take to close: a few seconds, and some for a busy machine.
 const CLOSED_WITHIN: Duration = Duration::from_secs(15);
-
-/// Processes that do nothing until this value goes.
-struct Frozen(Vec<String>);
-
-impl Frozen {
-    fn new(processes: Vec<String>) -> Self {
-        let frozen = Self(processes);
-        frozen.signal("-STOP");
-        frozen
-    }
-
-    fn signal(&self, signal: &str) {
-        let sent = Command::new("kill").arg(signal).args(&self.0).status();
-        assert!(sent.expect("kill can be run").success());
-    }
-}
-
-impl Drop for Frozen {
-    fn drop(&mut self) {
-        self.signal("-CONT");
-    }
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_store_closes_although_its_server_is_frozen() {
@@ -50,9 +27,7 @@ async fn a_store_closes_although_its_server_is_frozen() {
         sqlx::query_scalar(listens).fetch_one(&mut connection).await.unwrap()
     })
     .await;
-    let all = "select split_part(pg_read_file('postmaster.pid'), E'\\n', 1)
-               union all select pid::text from pg_stat_activity";
-    let frozen = Frozen::new(sqlx::query_scalar(all).fetch_all(&mut connection).await.unwrap());
+    let frozen = Frozen::whole(&mut connection).await;
     let sent = message(&queue, "asked, and not answered");
     let mut sent = stage.store.enqueue(together(vec![sent]));
     assert!((&mut sent).now_or_never().is_none());

@@ -241,7 +241,7 @@ fn every_setting() -> QueueSettings {
     };
     let matches = Match {
         status: vec!["5xx".parse().unwrap()],
-        error_kind: vec![ErrorKind::Timeout],
+        error_kind: vec![ErrorKind::Malformed],
         header: [("x-a".to_owned(), "b".to_owned())].into(),
         attempt: Some("3-".parse().unwrap()),
     };

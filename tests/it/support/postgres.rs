@@ -237,3 +237,34 @@ fn other_user() -> Option<(u32, u32)> {
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     tokio::task::spawn_blocking(work).await.expect("the cluster can be handled")
 }
+
+/// Processes of a server that do nothing until this value goes.
+pub(crate) struct Frozen(Vec<String>);
+
+impl Frozen {
+    /// Stops these.
+    pub(crate) fn new(processes: Vec<String>) -> Self {
+        let frozen = Self(processes);
+        frozen.signal("-STOP");
+        frozen
+    }
+
+    /// Stops the whole server that is at the other end.
+    pub(crate) async fn whole(connection: &mut PgConnection) -> Self {
+        let all = "select split_part(pg_read_file('postmaster.pid'), E'\\n', 1)
+                   union all select pid::text from pg_stat_activity";
+        let all = sqlx::query_scalar(all).fetch_all(connection).await;
+        Self::new(all.expect("a superuser may read that"))
+    }
+
+    fn signal(&self, signal: &str) {
+        let sent = Command::new("kill").arg(signal).args(&self.0).status();
+        assert!(sent.expect("kill can be run").success());
+    }
+}
+
+impl Drop for Frozen {
+    fn drop(&mut self) {
+        self.signal("-CONT");
+    }
+}
