@@ -79,7 +79,7 @@ struct DeliveryBody {
     replica: String,
     started_at: String,
     duration_ms: f64,
-    /// `acked`, `failed`, `dead_lettered`, `discarded`, `released` or `lease_lost`.
+    /// `acked`, `failed`, `postponed`, `dead_lettered`, `discarded`, `moved`, `released` or `lease_lost`.
     outcome: &'static str,
     status: Option<u16>,
     error_kind: Option<&'static str>,

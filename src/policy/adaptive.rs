@@ -267,7 +267,7 @@ mod tests {
         note(&mut adaptive, &mut now, 50, Load::Refused);
         assert!(adaptive.limit(BOUNDS) < 15, "{}", adaptive.limit(BOUNDS));
         let narrow = Bounds { min: 3, max: 5 };
-        assert_eq!(adaptive.limit(narrow), 5, "bounds hold at once");
+        assert_eq!(adaptive.limit(narrow), 3, "bounds hold at once");
     }
 
     #[test]

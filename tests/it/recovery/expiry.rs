@@ -23,9 +23,11 @@ async fn what_expires_is_counted_and_set_aside_if_the_queue_asks_for_it(database
     let dead = scene.client.all("/admin/v1/dead-letters?queue=q").await;
     assert!(text(&dead[0], "/reason").contains("longer than its sender wanted"), "{dead:?}");
     for name in ["expired", "dead"] {
-        let metrics = scene.client.metrics().await;
         let name = format!("pumphouse_messages_{name}_total");
-        assert_eq!(metrics.value(&name, &[("queue", "q")]), 1.0, "{name}");
+        eventually("it is counted", async || {
+            scene.client.metrics().await.value(&name, &[("queue", "q")]) == 1.0
+        })
+        .await;
     }
     scene.client.patch_queue("q", &json!({"concurrency": {"limit": 1}})).await;
     pass(Duration::from_millis(300)).await;

@@ -34,7 +34,7 @@ async fn those_that_were_told_when_to_come_back_are_spread_behind_that_time() {
     let late =
         times.iter().map(|time| time.saturating_sub(Duration::from_secs(20))).collect::<Vec<_>>();
     let buckets = histogram(&late, Duration::from_millis(400), 5);
-    assert!(buckets.iter().all(|count| (50..=150).contains(count)), "{buckets:?}");
+    assert!(buckets.iter().all(|count| (30..=200).contains(count)), "{buckets:?}");
 }
 
 /// Lets 500 messages fail at one moment; gives how long after it each came back.

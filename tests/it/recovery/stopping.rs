@@ -128,7 +128,7 @@ async fn with_a_frozen_database_a_stop_ends_by_its_deadline() {
     });
     scene.queue_with("q", settings).await;
     let gate = Gate::closed();
-    let busy = Reply::new(503).header("Retry-After", "60");
+    let busy = Reply::new(503).header("Retry-After", "1");
     scene.receiver.set("/q", Mood::Held(gate.clone(), busy));
     send(&scene, 4).await;
     scene.receiver.wait_for_open("/q", 4).await;

@@ -115,6 +115,10 @@ macro_rules! conformance {
             a_dead_letter_is_set_aside_with_its_reason,
             a_discarded_message_keeps_its_reason,
             a_release_counts_nothing_and_uses_up_the_number,
+            what_is_postponed_counts_nothing_and_waits,
+            what_is_moved_keeps_all_but_its_budget,
+            what_cannot_be_moved_is_dead,
+            the_latest_hundred_deliveries_are_kept,
             numbers_of_attempts_are_never_used_twice,
             the_record_of_a_delivery_is_kept_the_latest_first,
             of_two_records_of_one_attempt_the_first_counts,
@@ -151,6 +155,8 @@ macro_rules! conformance {
         );
         keeps!($stage; queues:
             a_queue_is_what_was_put,
+            a_guard_changes_once_and_whoever_listens_hears_of_it,
+            another_handler_or_breaker_begins_anew,
             queues_are_listed_by_name,
             replacing_settings_keeps_run_state_and_messages,
             a_queue_is_put_only_if_the_precondition_holds,

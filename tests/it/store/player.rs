@@ -58,6 +58,7 @@ impl<'a> Player<'a> {
             })),
             Action::Sweep => words(store.sweep(ALL).await.map(|mut swept: Swept| {
                 swept.expired.sort();
+                swept.set_aside.sort();
                 swept
             })),
             Action::Amend { id, amendment } => words(store.amend(id, amendment).await),

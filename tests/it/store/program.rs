@@ -9,7 +9,7 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 use pumphouse::model::{
-    Idempotency, MessageId, NewMessage, QueueName, QueueSettings, Settlement, State, When,
+    Idempotency, MessageId, NewMessage, OnExpiry, QueueName, QueueSettings, Settlement, State, When,
 };
 use pumphouse::store::{Amendment, Enqueue, Filter};
 
@@ -140,6 +140,11 @@ fn settlement() -> impl Strategy<Value = Settlement> {
         2 => Just(dead_letter("it was not to be")),
         1 => Just(discard("nobody needs it")),
         2 => Just(Settlement::Release),
+        2 => span().prop_map(|after| Settlement::Postpone { after }),
+        2 => (0..4u8).prop_map(|queue| Settlement::Move {
+            to_queue: queue_of(queue),
+            reason: "it belongs elsewhere".to_owned(),
+        }),
     ]
 }
 
@@ -265,6 +270,7 @@ fn settings_of(number: u8) -> QueueSettings {
             settings.recovery.max_crashes = 2;
             settings.retention.completed = Duration::from_millis(20);
             settings.retention.dead = Duration::from_millis(50);
+            settings.on_expiry = OnExpiry::DeadLetter;
         }
     }
     settings

@@ -2,9 +2,10 @@
 
 use jiff::Timestamp;
 use pumphouse::model::{
-    Action, Backoff, Bounds, Builtin, Concurrency, Curve, ErrorKind, Guard, Handler, HttpHandler,
-    Jitter, Match, OnExpiry, QueueRecord, QueueSettings, RateLimit, Recovery, Retention,
-    RetryStatuses, Rule, RunState, Scope, Settlement, State, Stopped,
+    Action, Backoff, Bounds, Breaker, BreakerSettings, Builtin, Concurrency, Curve, ErrorKind,
+    Guard, GuardChange, Handler, HttpHandler, Jitter, Match, OnExpiry, QueueRecord, QueueSettings,
+    RateLimit, Recovery, Retention, RetryStatuses, Rule, RunState, Scope, Settlement, State,
+    Stopped,
 };
 use pumphouse::store::{CEILING_DEFAULT, DeleteQueue, Precondition, PumpRecord, PutQueue};
 use std::time::Duration;
@@ -28,6 +29,49 @@ pub(crate) async fn a_queue_is_what_was_put(stage: Stage) {
         }
         assert_eq!(stage.store.queue(&name).await.unwrap(), Some(record.clone()));
         assert_eq!(stage.store.queues().await.unwrap(), [record]);
+    }
+}
+
+pub(crate) async fn a_guard_changes_once_and_whoever_listens_hears_of_it(stage: Stage) {
+    let name = stage.queue("letters").await;
+    let tell = async |change| stage.store.guard(&name, change).await.unwrap().unwrap();
+    let mut news = stage.store.news().of_settings();
+    news.mark_unchanged();
+    let failed = GuardChange::Failed(BreakerSettings::default(), Some(LONG));
+    let open = tell(failed.clone()).await;
+    assert!(matches!(open.breaker, Breaker::Open { times: 1, .. }), "{open:?}");
+    heard(&mut news).await;
+    let held_until = open.held_until.expect("it is held as well");
+    let at = stage.record(stage.send_to(&name, "now").await).await.head.enqueued_at;
+    let wait = Duration::try_from(held_until.duration_since(at)).unwrap();
+    assert!(wait >= LONG && wait < LONG * 2, "{wait:?}");
+    assert_eq!(tell(GuardChange::Failed(BreakerSettings::default(), None)).await, open);
+    assert_eq!(tell(GuardChange::TimeIsUp(BreakerSettings::default())).await, open);
+    let record = stage.store.queue(&name).await.unwrap().unwrap();
+    assert_eq!(record.guard, open);
+    let lifted = tell(GuardChange::Lifted).await;
+    assert_eq!((lifted.held_until, lifted.breaker), (None, Breaker::Closed));
+    assert!(lifted.version > open.version);
+    let nowhere = stage.store.guard(&queue_name("nowhere"), failed).await.unwrap();
+    assert_eq!(nowhere, None);
+}
+
+pub(crate) async fn another_handler_or_breaker_begins_anew(stage: Stage) {
+    let name = stage.queue("letters").await;
+    let mut settings = QueueSettings::default();
+    for (anew, change) in [
+        (false, (|settings| settings.max_messages = Some(7)) as fn(&mut QueueSettings)),
+        (true, |settings| settings.breaker = None),
+        (true, |settings| settings.handler = Handler::Builtin { name: Builtin::Log }),
+    ] {
+        let failed = GuardChange::Failed(BreakerSettings::default(), None);
+        let open = stage.store.guard(&name, failed).await.unwrap().unwrap();
+        assert_ne!(open.breaker, Breaker::Closed);
+        change(&mut settings);
+        let put = stage.store.put_queue(&name, settings.clone(), Precondition::None).await.unwrap();
+        let PutQueue::Replaced(record) = put else { panic!("{put:?}") };
+        assert_eq!(record.guard.breaker == Breaker::Closed, anew);
+        assert_eq!(stage.store.queue(&name).await.unwrap(), Some(record));
     }
 }
 

@@ -1,11 +1,14 @@
 //! Promises about settlements: what each writes, and that a lost lease writes nothing.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::future::join_all;
-use pumphouse::model::{DeliveryRecord, ErrorKind, NewMessage, Outcome, Settlement, State, Tries};
-use pumphouse::store::{Error, Settle, Settled};
+use pumphouse::model::{
+    DeliveryRecord, ErrorKind, Idempotency, NewMessage, Outcome, Settlement, State, Tries,
+};
+use pumphouse::store::{Enqueued, Error, Settle, Settled};
 use tokio::sync::Barrier;
 use tokio::task::JoinSet;
 
@@ -46,6 +49,66 @@ pub(crate) async fn a_retry_at_once_is_ready_and_counts_a_failure(stage: Stage) 
     assert_eq!(record.tries, Tries { attempts: 1, failures: 1, crashes: 0 });
     assert_eq!((record.finished_at, record.reason), (None, None));
     assert_eq!(stage.claim_one(&queue).await.tries.attempts, 2);
+}
+
+pub(crate) async fn what_is_postponed_counts_nothing_and_waits(stage: Stage) {
+    let queue = stage.queue("letters").await;
+    for (after, state) in [(Duration::ZERO, State::Ready), (LONG, State::Scheduled)] {
+        let id = stage.send_and_settle(&queue, Settlement::Postpone { after }).await;
+        let record = stage.record(id).await;
+        assert_eq!(record.state, state);
+        assert_eq!(record.tries, Tries { attempts: 1, failures: 0, crashes: 0 });
+        assert_eq!(stage.deliveries(id).await.len(), 1);
+        assert_eq!(stage.claim(&queue, ALL).await.len(), usize::from(state == State::Ready));
+    }
+}
+
+pub(crate) async fn what_is_moved_keeps_all_but_its_budget(stage: Stage) {
+    let (from, to) = (stage.queue("letters").await, stage.queue("parcels").await);
+    let key = Idempotency::new("letters", "one", [1; 32]);
+    let keyed = NewMessage { keys: vec![key], ..message(&from, "moves") };
+    let id = stage.send(keyed.clone()).await.id;
+    let leased = stage.claim_one(&from).await;
+    stage.must_settle(&leased, retry_at_once()).await;
+    let leased = stage.claim_one(&from).await;
+    stage.must_settle(&leased, move_to("parcels")).await;
+    let record = stage.record(id).await;
+    assert_eq!((record.head.queue.clone(), record.state), (to.clone(), State::Ready));
+    assert_eq!(record.tries, Tries { attempts: 2, failures: 0, crashes: 0 });
+    assert_eq!((record.finished_at, record.reason), (None, None));
+    assert_eq!(stage.deliveries(id).await.len(), 2);
+    assert_eq!((stage.depth(&from).await.ready, stage.depth(&to).await.ready), (0, 1));
+    assert_eq!(stage.settle(&leased, Settlement::Ack).await, Settled::LeaseLost, "an old token");
+    assert!(matches!(stage.offer(keyed).await, Enqueued::Duplicate(_)), "its key goes on to count");
+    let again = stage.claim_one(&to).await;
+    assert_eq!((again.lease.id, again.tries.attempts), (id, 3));
+    assert_eq!(stage.claim(&from, ALL).await.len(), 0);
+    stage.must_settle(&again, Settlement::Ack).await;
+}
+
+pub(crate) async fn what_cannot_be_moved_is_dead(stage: Stage) {
+    let from = stage.queue("letters").await;
+    let id = stage.send_and_settle(&from, move_to("nowhere")).await;
+    let record = stage.record(id).await;
+    assert_eq!((record.head.queue, record.state), (from.clone(), State::Dead));
+    assert_eq!(record.tries, Tries { attempts: 1, failures: 1, crashes: 0 });
+    assert!(record.reason.is_some_and(|reason| reason.contains("nowhere")));
+    assert_eq!(stage.depth(&from).await.dead, 1);
+}
+
+pub(crate) async fn the_latest_hundred_deliveries_are_kept(stage: Stage) {
+    let queue = stage.queue("letters").await;
+    let id = stage.send_to(&queue, "never wanted").await;
+    for _ in 0..105 {
+        let leased = stage.claim_one(&queue).await;
+        stage.must_settle(&leased, retry_at_once()).await;
+    }
+    let numbers = stage.deliveries(id).await.into_iter().map(|one| one.number);
+    assert_eq!(numbers.collect::<BTreeSet<_>>(), (6..=105).collect());
+}
+
+fn move_to(queue: &str) -> Settlement {
+    Settlement::Move { to_queue: queue_name(queue), reason: "it belongs elsewhere".to_owned() }
 }
 
 pub(crate) async fn a_retry_later_is_scheduled_and_counts_a_failure(stage: Stage) {
