@@ -17,6 +17,7 @@ mod message;
 mod lifecycle;
 mod lease;
 mod outcome;
+mod possible;
 mod rules;
 mod guard;
 mod queue;

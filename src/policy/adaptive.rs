@@ -217,6 +217,7 @@ mod tests {
     }
 
     #[test]
+    #[expect(clippy::disallowed_macros, reason = "what was found is for the person who runs it")]
     fn it_finds_the_knee_follows_it_and_comes_back() {
         for alone in [20, 500].map(Duration::from_millis) {
             let mut now = Instant::now();

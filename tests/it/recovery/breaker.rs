@@ -8,7 +8,7 @@ use crate::support::client::{number, text};
 use crate::support::process::{Database, Process};
 use crate::support::receiver::{Delivery, Mood, Reply};
 use crate::support::scene::Scene;
-use crate::support::{eventually, never_within, on_both, pass};
+use crate::support::{eventually, never_within, on_both, pass, say};
 
 on_both! {
     a_dead_receiver_is_asked_a_few_times_and_no_message_dies_of_it
@@ -45,11 +45,9 @@ async fn a_dead_receiver_is_asked_a_few_times_and_no_message_dies_of_it(database
     let took = began.elapsed().as_secs();
     assert!(asked >= 5 + 2, "there were probes: {asked} in {took} s");
     assert!(asked <= 5 + 3 + 2 + took as usize / 4 + 1, "{asked} in {took} s");
-    println!("asked {asked} times in {took} s, with 40 messages waiting");
-    assert_eq!(
-        scene.client.metrics().await.value("pumphouse_breaker_state", &[("queue", "q")]) > 0.0,
-        true
-    );
+    say!("asked {asked} times in {took} s, with 40 messages waiting");
+    let metrics = scene.client.metrics().await;
+    assert!(metrics.value("pumphouse_breaker_state", &[("queue", "q")]) > 0.0);
     scene.receiver.set("/q", Mood::ack());
     eventually("all are completed", async || completed(&scene).await == 40).await;
     let stats = scene.client.queue("q").await["stats"].clone();
@@ -79,7 +77,7 @@ async fn a_dead_receiver_is_asked_at_most_26_times_in_a_minute() {
     let at_once = scene.receiver.count("/q");
     pass(Duration::from_secs(60).saturating_sub(began.elapsed())).await;
     let asked = scene.receiver.count("/q");
-    println!("asked {at_once} times before it opened, {asked} times in a minute");
+    say!("asked {at_once} times before it opened, {asked} times in a minute");
     assert!((10..=25).contains(&at_once), "{at_once}");
     assert!(asked <= 26, "{asked}");
     assert!(asked > at_once, "one looked whether it is well");
@@ -113,7 +111,7 @@ async fn probes_ramp_up_until_it_closes(database: Database) {
             steps.push(open);
         }
     }
-    println!("open at once: {steps:?}");
+    say!("open at once: {steps:?}");
     assert!(steps.len() > 8, "the ramp reached more than eight: {steps:?}");
     let ends = scene.receiver.deliveries("/q");
     let well = ends.iter().filter(|delivery| delivery.succeeded()).collect::<Vec<_>>();

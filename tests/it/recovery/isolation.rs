@@ -8,7 +8,7 @@ use crate::support::client::ask;
 use crate::support::process::Database;
 use crate::support::receiver::Mood;
 use crate::support::scene::Scene;
-use crate::support::{on_both, pass};
+use crate::support::{on_both, pass, say};
 
 /// How many wait behind the handler that hangs.
 const WAITING: usize = 100_000;
@@ -48,11 +48,11 @@ async fn a_hanging_handler_with_a_hundred_thousand_waiting_slows_nobody(database
             pass(Duration::from_millis(2)).await;
         }
         let (with, without) = (p99(&beside, with).await, p99(&alone, without).await);
-        println!("p99 beside it {with:?}, alone {without:?}");
+        say!("p99 beside it {with:?}, alone {without:?}");
         ratios.push(with.as_secs_f64() / without.as_secs_f64());
     }
     let used = [cpu_time(&beside) - used[0], cpu_time(&alone) - used[1]];
-    println!("ratios {ratios:.2?}, ticks of CPU {used:?}");
+    say!("ratios {ratios:.2?}, ticks of CPU {used:?}");
     ratios.sort_by(f64::total_cmp);
     assert!(ratios[ROUNDS / 2] <= 1.5, "{ratios:?}");
     assert!(used[0] as f64 <= used[1] as f64 * 1.5 + 5.0, "it costs CPU: {used:?}");

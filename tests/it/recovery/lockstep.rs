@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::json;
 
 use crate::support::receiver::{Mood, Reply};
+use crate::support::say;
 use crate::support::scene::Scene;
 
 #[tokio::test]
@@ -68,7 +69,7 @@ fn histogram(times: &[Duration], width: Duration, count: usize) -> Vec<usize> {
         buckets[at.min(count - 1)] += 1;
     }
     for (at, count) in buckets.iter().enumerate() {
-        println!("{:>5} ms {}", at as u128 * width.as_millis(), "#".repeat(*count / 3));
+        say!("{:>5} ms {}", at as u128 * width.as_millis(), "#".repeat(*count / 3));
     }
     buckets
 }

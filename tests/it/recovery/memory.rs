@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use serde_json::json;
 
 use crate::support::client::ask;
-use crate::support::pass;
 use crate::support::receiver::{Gate, Mood};
 use crate::support::scene::Scene;
+use crate::support::{pass, say};
 
 const HANDLERS: usize = 64;
 
@@ -39,9 +39,7 @@ async fn endless_answers_of_many_handlers_at_once_cost_no_memory() {
             most = most.max(memory(&scene));
             pass(Duration::from_millis(50)).await;
         }
-        println!(
-            "{name} from {HANDLERS} handlers at once: {before} KiB before, at most {most} KiB"
-        );
+        say!("{name} from {HANDLERS} handlers at once: {before} KiB before, at most {most} KiB");
         assert!(most <= before + 20 * 1024, "{name}: {before} KiB before, then {most} KiB");
         pass(Duration::from_secs(2)).await;
     }

@@ -8,7 +8,7 @@ use crate::support::client::{ask, number};
 use crate::support::process::{Database, Process};
 use crate::support::receiver::Mood;
 use crate::support::scene::Scene;
-use crate::support::{never_within, on_both, pass};
+use crate::support::{never_within, on_both, pass, say};
 
 on_both! {
     a_rate_limit_holds_and_a_change_is_in_force_within_a_second
@@ -92,7 +92,7 @@ async fn an_adaptive_limit_finds_the_knee_follows_it_and_can_be_pinned() {
         pass(Duration::from_secs(4)).await;
         let found = throughput(&scene, Duration::from_secs(6)).await;
         let share = found / best;
-        println!(
+        say!(
             "knee {knee}: limit {}, {:.0} % of the best fixed limit",
             limit().await,
             share * 100.0

@@ -10,7 +10,7 @@ use crate::support::postgres::{Frozen, start_cluster};
 use crate::support::process::Database;
 use crate::support::receiver::{Gate, Mood, Reply};
 use crate::support::scene::Scene;
-use crate::support::{eventually, on_both};
+use crate::support::{eventually, on_both, say};
 
 on_both! {
     nothing_open_ends_at_once_though_retries_are_pending
@@ -109,7 +109,7 @@ async fn without_a_database_a_stop_ends_by_its_deadline() {
     let asked = Instant::now();
     scene.process.terminate().await;
     scene.process.exit_within(Duration::from_secs(40)).await;
-    println!("stopped in {took:?}, ended in {:?}", asked.elapsed());
+    say!("stopped in {took:?}, ended in {:?}", asked.elapsed());
     assert!(asked.elapsed() < Duration::from_secs(27), "{:?}", asked.elapsed());
     cluster.start().await;
     scene.restart().await;
@@ -123,7 +123,8 @@ async fn with_a_frozen_database_a_stop_ends_by_its_deadline() {
     let cluster = start_cluster().await;
     let scene = Scene::on(Database::Postgres(cluster.url())).await;
     let settings = json!({
-        "handler": {"timeout": "60s"},
+        "handler": {"timeout": "5s"},
+        "lease": "6s", // what cannot be settled comes back after it
         "breaker": {"failures": 1, "open_for": "1h", "max_open": "1h"},
     });
     scene.queue_with("q", settings).await;
@@ -140,7 +141,7 @@ async fn with_a_frozen_database_a_stop_ends_by_its_deadline() {
     let stop = scene.client.post("/admin/v1/pump/stop", &json!({"deadline": "1s"})).await;
     let took = asked.elapsed();
     drop(frozen);
-    println!("answered {} in {took:?}", stop.status);
+    say!("answered {} in {took:?}", stop.status);
     assert!(took < Duration::from_secs(20), "{took:?}");
     scene.receiver.set("/q", Mood::ack());
     for path in ["/admin/v1/pump/start", "/admin/v1/queues/q/start"] {

@@ -66,7 +66,7 @@ impl<'a> Player<'a> {
             Action::DeleteDead { id } => words(store.delete_dead(id).await),
             Action::Purge { queue } => words(store.purge(&queue, ALL).await),
             Action::PutQueue { queue, settings } => {
-                words(store.put_queue(&queue, settings, Precondition::None).await)
+                words(store.put_queue(&queue, *settings, Precondition::None).await)
             }
             Action::DeleteQueue { queue, force } => {
                 words(store.delete_queue(&queue, force, Precondition::None).await)

@@ -64,7 +64,7 @@ pub(crate) enum Action {
     Redrive { filter: Filter, max: usize },
     DeleteDead { id: MessageId },
     Purge { queue: QueueName },
-    PutQueue { queue: QueueName, settings: QueueSettings },
+    PutQueue { queue: QueueName, settings: Box<QueueSettings> },
     DeleteQueue { queue: QueueName, force: bool },
     List { filter: Filter, limit: usize },
     Pass(Duration),
@@ -193,7 +193,7 @@ impl Director {
                 if queue == NEVER_FULL {
                     settings.max_messages = None;
                 }
-                Action::PutQueue { queue: queue_of(queue), settings }
+                Action::PutQueue { queue: queue_of(queue), settings: Box::new(settings) }
             }
             Step::DeleteQueue { queue, force } => {
                 Action::DeleteQueue { queue: queue_of(queue), force }

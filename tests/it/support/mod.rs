@@ -65,6 +65,20 @@ pub(crate) async fn pass(span: Duration) {
     tokio::time::sleep(span).await;
 }
 
+/// Shows a figure to whoever runs a test with `--nocapture`.
+macro_rules! say {
+    ($($what:tt)*) => {
+        $crate::support::show(format_args!($($what)*))
+    };
+}
+pub(crate) use say;
+
+/// See [`say`].
+#[expect(clippy::disallowed_macros, reason = "what a test measured is for the person who runs it")]
+pub(crate) fn show(what: std::fmt::Arguments<'_>) {
+    println!("{what}");
+}
+
 /// Makes two tests of one `async fn(Database)`: one on SQLite, one on Postgres.
 macro_rules! on_both {
     ($($name:ident)*) => {
