@@ -209,6 +209,7 @@ create table share (
     queue_id integer not null,
     replica text collate "C" not null,
     slots integer not null,
+    able boolean not null,
     primary key (queue_id, replica)
 );
 

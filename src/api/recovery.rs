@@ -62,7 +62,7 @@ struct Simulated {
 struct StepBody {
     /// Which failure, from 1.
     failure: u32,
-    /// `retry`, `dead_letter`, `discard`, `move` or `release`.
+    /// `retry`, `dead_letter`, `discard`, `move`, `stop_queue` (the message waits there) or `release`.
     then: &'static str,
     /// How long until the next attempt; null where there is none.
     wait: Option<Range>,
@@ -184,7 +184,8 @@ impl From<Step> for StepBody {
 fn word(settlement: &Settlement) -> &'static str {
     match settlement {
         Settlement::Ack => "ack",
-        Settlement::Retry { .. } | Settlement::Postpone { .. } => "retry",
+        Settlement::Retry { .. } => "retry",
+        Settlement::Postpone { .. } => "stop_queue",
         Settlement::DeadLetter { .. } => "dead_letter",
         Settlement::Discard { .. } => "discard",
         Settlement::Move { .. } => "move",

@@ -38,6 +38,14 @@ impl Default for BreakerSettings {
     }
 }
 
+impl BreakerSettings {
+    /// For how long it is open that is opened for the so manyth time, from 1.
+    pub fn opens_for(&self, times: u32) -> Duration {
+        let doubled = self.open_for.checked_mul(1 << times.saturating_sub(1).min(30));
+        doubled.unwrap_or(self.max_open).min(self.max_open)
+    }
+}
+
 /// What keeps a queue's handler from being asked.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -89,14 +97,23 @@ impl Breaker {
     }
 }
 
+/// For how long a handler wants to be left alone.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Hold {
+    /// So long.
+    pub wait: Duration,
+    /// The longest that it can ask for: what lasts longer was written before the clock was set back.
+    pub longest: Duration,
+}
+
 /// Something that happened to a queue's guard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum GuardChange {
     /// The handler asked to be left alone for so long.
-    Held(Duration),
+    Held(Hold),
     /// It failed too often in a row, or while it was tried, by these settings; and may have asked to be left alone
     /// as well.
-    Failed(BreakerSettings, Option<Duration>),
+    Failed(BreakerSettings, Option<Hold>),
     /// The time may be over for which the breaker was open, by these settings.
     TimeIsUp(BreakerSettings),
     /// Deliveries went well that were made to see whether the handler is.
@@ -118,9 +135,9 @@ impl Guard {
     #[must_use]
     pub fn after(&self, change: &GuardChange, now: Timestamp) -> Self {
         let (held_until, breaker) = match change {
-            GuardChange::Held(wait) => (self.held(*wait, now), self.breaker),
+            GuardChange::Held(hold) => (self.held(*hold, now), self.breaker),
             GuardChange::Failed(settings, hold) => {
-                let held_until = hold.map_or(self.held_until, |wait| self.held(wait, now));
+                let held_until = hold.map_or(self.held_until, |hold| self.held(hold, now));
                 (held_until, self.breaker.failed(settings, now))
             }
             GuardChange::TimeIsUp(settings) => (self.held_until, self.breaker.tried(settings, now)),
@@ -135,18 +152,22 @@ impl Guard {
 
     /// Until when the handler is left alone that asks for it. A little longer than it asked, so that what others
     /// ask for in the same moment changes nothing any more.
-    fn held(&self, wait: Duration, now: Timestamp) -> Option<Timestamp> {
-        if self.held_until.is_some_and(|held| held >= later(now, wait)) {
+    fn held(&self, Hold { wait, longest }: Hold, now: Timestamp) -> Option<Timestamp> {
+        if self.holds(longest, now).is_some_and(|until| until >= later(now, wait)) {
             return self.held_until;
         }
         Some(later(now, wait.saturating_add(HELD_LONGER)))
     }
 
-    /// How many deliveries may be open at `now` where `limit` may be otherwise, and a hold may last for
-    /// `longest`: one that lasts longer was written before the clock was set back.
-    pub fn limit(&self, limit: u32, longest: Duration, now: Timestamp) -> u32 {
+    /// Until when the handler is left alone at `now`, if it is.
+    fn holds(&self, longest: Duration, now: Timestamp) -> Option<Timestamp> {
         let longest = later(now, longest.saturating_add(HELD_LONGER));
-        if self.held_until.is_some_and(|until| until > now && until <= longest) {
+        self.held_until.filter(|until| *until > now && *until <= longest)
+    }
+
+    /// How many deliveries may be open at `now` where `limit` may be otherwise, and a hold may last for `longest`.
+    pub fn limit(&self, limit: u32, longest: Duration, now: Timestamp) -> u32 {
+        if self.holds(longest, now).is_some() {
             return 0;
         }
         match self.breaker {
@@ -169,9 +190,7 @@ impl Breaker {
             Self::HalfOpen { times, .. } => times.saturating_add(1),
             Self::Open { .. } => return self,
         };
-        let doubled = settings.open_for.checked_mul(1 << (times - 1).min(30));
-        let wait = doubled.unwrap_or(settings.max_open).min(settings.max_open);
-        Self::Open { until: later(now, wait), times }
+        Self::Open { until: later(now, settings.opens_for(times)), times }
     }
 
     /// One that is open for longer than it can be was opened before the clock was set back.
@@ -239,6 +258,10 @@ mod tests {
         GuardChange::TimeIsUp(BreakerSettings::default())
     }
 
+    fn held_for(seconds: u64) -> GuardChange {
+        GuardChange::Held(Hold { wait: Duration::from_secs(seconds), longest: LONGEST })
+    }
+
     fn well(tried: u32, well: u32) -> GuardChange {
         GuardChange::WentWell { tried, well, limit: 5 }
     }
@@ -276,20 +299,21 @@ mod tests {
 
     #[test]
     fn a_hold_is_only_ever_prolonged_and_an_operator_lifts_it() {
-        let held = after(&Guard::default(), GuardChange::Held(Duration::from_secs(60)), 0);
-        nothing(&held, GuardChange::Held(Duration::from_secs(30)), 10);
-        nothing(&held, GuardChange::Held(Duration::from_secs(60)), 1);
+        let held = after(&Guard::default(), held_for(60), 0);
+        nothing(&held, held_for(30), 10);
+        nothing(&held, held_for(60), 1);
         assert_eq!([60, 61].map(|now| held.limit(5, LONGEST, at(now))), [0, 5]);
         let lifted = after(&held, GuardChange::Lifted, 1);
         assert_eq!((lifted.held_until, lifted.breaker), (None, Breaker::Closed));
         nothing(&lifted, GuardChange::Lifted, 1);
-        let for_ever = after(&held, GuardChange::Held(Duration::MAX), 0);
+        let for_ever = Hold { wait: Duration::MAX, longest: Duration::MAX };
+        let for_ever = after(&held, GuardChange::Held(for_ever), 0);
         assert_eq!(for_ever.held_until, Some(Timestamp::MAX));
     }
 
     #[test]
     fn who_fails_and_asks_for_time_gets_both() {
-        let hold = Some(Duration::from_secs(600));
+        let hold = Some(Hold { wait: Duration::from_secs(600), longest: LONGEST });
         let failed = GuardChange::Failed(BreakerSettings::default(), hold);
         let open = after(&Guard::default(), failed, 0);
         assert!(matches!(open.breaker, Breaker::Open { .. }));
@@ -299,9 +323,11 @@ mod tests {
 
     #[test]
     fn a_clock_that_was_set_back_holds_nobody_for_longer_than_can_be() {
-        let held = after(&Guard::default(), GuardChange::Held(LONGEST), 10_000);
+        let held = after(&Guard::default(), held_for(3600), 10_000);
         assert_eq!(held.limit(5, LONGEST, at(10_000)), 0);
         assert_eq!(held.limit(5, LONGEST, at(9_000)), 5);
+        let again = after(&held, held_for(60), 9_000);
+        assert_eq!(again.limit(5, LONGEST, at(9_000)), 0, "and can be held anew");
         let open = after(&Guard::default(), failed(), 10_000);
         after(&open, time_is_up(), 9_000);
     }

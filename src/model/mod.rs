@@ -22,7 +22,7 @@ mod rules;
 mod guard;
 mod queue;
 
-pub use guard::{Breaker, BreakerSettings, Guard, GuardChange};
+pub use guard::{Breaker, BreakerSettings, Guard, GuardChange, Hold};
 pub use invalid::Invalid;
 pub use lease::{Lease, Leased, Token};
 pub use lifecycle::{State, may_move};

@@ -97,13 +97,15 @@ impl Adaptive {
     fn move_limit(&mut self, window: Window, bounds: Bounds, now: Instant) {
         let looked = self.looking.take();
         self.limit = looked.unwrap_or(self.limit);
+        if looked.is_some() {
+            self.until_look = LOOK_EVERY;
+        }
         if window.refused {
             self.limit *= BACK_OFF;
         } else {
             let mean = window.seconds / f64::from(window.served);
             if looked.is_some() {
                 self.quickest = Some(mean);
-                self.until_look = LOOK_EVERY;
             } else {
                 let quickest = self.quickest.map_or(mean, |quickest| quickest.min(mean));
                 self.quickest = Some(quickest);
@@ -275,13 +277,19 @@ mod tests {
     fn what_is_refused_while_it_looks_ends_the_look() {
         let mut now = Instant::now();
         let mut adaptive = Adaptive { until_look: 1, ..Adaptive::new(40, BOUNDS, now) };
-        for load in [Load::Served(Duration::from_millis(20)), Load::Refused] {
-            for _ in 0..20 {
-                let began = now;
-                now += Duration::from_millis(20);
-                adaptive.note(Sample { began, open: 1, load }, BOUNDS, now);
-            }
+        let mut note = |adaptive: &mut Adaptive, load| {
+            let began = now;
+            now += Duration::from_millis(20);
+            adaptive.note(Sample { began, open: 40, load }, BOUNDS, now);
+        };
+        while adaptive.looking.is_none() {
+            note(&mut adaptive, Load::Served(Duration::from_millis(20)));
         }
-        assert!(adaptive.looking.is_none() && adaptive.quickest.unwrap() < 0.03, "{adaptive:?}");
+        let before = adaptive.looking.unwrap();
+        while adaptive.looking.is_some() {
+            note(&mut adaptive, Load::Refused);
+        }
+        assert_eq!(adaptive.limit(BOUNDS), (before * BACK_OFF).round() as u32);
+        assert_eq!(adaptive.until_look, LOOK_EVERY - 1, "not at once again");
     }
 }

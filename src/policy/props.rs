@@ -7,8 +7,8 @@ use proptest::option;
 use proptest::prelude::*;
 
 use crate::model::{
-    Action, Backoff, Curve, ErrorKind, Failure, Jitter, Match, Numbers, QueueName, Recovery,
-    RetryStatuses, Rule, Settlement, Tries, Verdict,
+    Action, Answer, Backoff, Curve, ErrorKind, Failure, Jitter, Match, Numbers, QueueName,
+    Recovery, RetryStatuses, Rule, Settlement, Tries, Verdict,
 };
 
 use super::{Decision, after_failure, after_probe, after_verdict, says_ill, simulate};
@@ -113,12 +113,16 @@ proptest! {
             Some(Action::Retry { delay: Some(delay) }) => Some(delay),
             _ => None,
         };
-        for decide in [after_failure, after_probe] {
-            let decision = decide(&recovery, &failure, tries, age, chance);
+        let open_for = Duration::from_secs(30);
+        let cut = Duration::from_secs(1);
+        let probe = after_probe(&recovery, &failure, tries, age, chance, open_for);
+        for decision in [after_failure(&recovery, &failure, tries, age, chance), probe] {
+            let stays = matches!(decision.settlement, Settlement::Postpone { .. });
             if let Some(wait) = wait(&decision) {
                 prop_assert!(wait >= asked, "{wait:?} where the handler asked for {asked:?}");
                 prop_assert!(wait >= delay.unwrap_or_default(), "{wait:?} where a rule says {delay:?}");
-                let cap = delay.unwrap_or(recovery.backoff.max).max(asked + SPREAD_MAX);
+                let least = if stays { open_for + cut } else { Duration::ZERO };
+                let cap = delay.unwrap_or(recovery.backoff.max).max(asked + SPREAD_MAX).max(least);
                 prop_assert!(wait <= cap, "{wait:?} is above {cap:?}");
             }
             if let Some(hold) = decision.hold {
@@ -138,7 +142,8 @@ proptest! {
             prop_assert!(age < recovery.max_age);
         }
         let verdict = Verdict::Retry { after: failure.retry_after };
-        let decision = after_verdict(&recovery, verdict, tries, age, chance);
+        let answer = Answer { verdict, status: failure.status, excerpt: Default::default() };
+        let decision = after_verdict(&recovery, &answer, tries, age, chance);
         if let Settlement::Retry { after } = decision.settlement {
             prop_assert!(tries.failures.saturating_add(1) < recovery.max_attempts);
             prop_assert!(after >= failure.retry_after.unwrap_or_default().min(recovery.retry_after_max));
@@ -163,7 +168,8 @@ proptest! {
     ) {
         prop_assume!(says_ill(&failure) && deciding(&recovery, &failure, tries).is_none());
         prop_assume!(recovery.max_age > Duration::ZERO);
-        let decision = after_probe(&recovery, &failure, tries, Duration::ZERO, chance);
+        let open_for = Duration::from_secs(30);
+        let decision = after_probe(&recovery, &failure, tries, Duration::ZERO, chance, open_for);
         let postponed = matches!(decision.settlement, Settlement::Postpone { .. });
         prop_assert!(postponed || tries.failures == u32::MAX, "{:?}", decision);
     }

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::model::{
-    Action, ErrorKind, Failure, Jitter, Recovery, RetryStatuses, Settlement, Tries, Verdict,
+    Action, Answer, ErrorKind, Failure, Jitter, Recovery, RetryStatuses, Settlement, Tries, Verdict,
 };
 
 use super::backoff;
@@ -24,14 +24,16 @@ pub struct Decision {
 /// `tries` counts what came before this delivery, `age` is the message's since it was taken in.
 pub fn after_verdict(
     recovery: &Recovery,
-    verdict: Verdict,
+    answer: &Answer,
     tries: Tries,
     age: Duration,
     chance: f64,
 ) -> Decision {
-    let settlement = match verdict {
+    let mut hold = None;
+    let settlement = match answer.verdict.clone() {
         Verdict::Ack => Settlement::Ack,
         Verdict::Retry { after } => {
+            hold = held_for(recovery, answer.status, after);
             let budget = Budget { recovery, tries, age };
             budget.retry(
                 Wait { ours: None, theirs: after },
@@ -42,7 +44,7 @@ pub fn after_verdict(
         Verdict::DeadLetter { reason } => Settlement::DeadLetter { reason },
         Verdict::Discard { reason } => Settlement::Discard { reason },
     };
-    Decision { settlement, stop_queue: None, hold: None }
+    Decision { settlement, stop_queue: None, hold }
 }
 
 /// What follows a failure: by the first of the queue's rules that matches, else by the table of the protocol.
@@ -60,7 +62,7 @@ pub fn after_failure(
         return Decision { settlement: Settlement::Release, stop_queue: None, hold: None };
     }
     let budget = Budget { recovery, tries, age };
-    let hold = hold(recovery, failure);
+    let hold = held_for(recovery, failure.status, failure.retry_after);
     let number = budget.failures();
     if let Some(rule) = recovery.rules.iter().find(|rule| rule.matches.is_for(failure, number)) {
         return Decision { hold, ..by_rule(&rule.action, budget, failure, why, chance) };
@@ -75,20 +77,22 @@ pub fn after_failure(
 }
 
 /// What follows a failure of a delivery that was made to see whether the handler is well again: where it is not,
-/// nothing is counted, so that no message dies of an outage, but of its age. The arguments are those of
-/// [`after_verdict`].
+/// nothing is counted, so that no message dies of an outage, but of its age. The next time, which is after
+/// `open_for`, another message goes first. The other arguments are those of [`after_verdict`].
 pub fn after_probe(
     recovery: &Recovery,
     failure: &Failure,
     tries: Tries,
     age: Duration,
     chance: f64,
+    open_for: Duration,
 ) -> Decision {
     // Asked as if there were no end of attempts, so that only a rule or its age can end it.
     let unlimited = Recovery { max_attempts: u32::MAX, ..recovery.clone() };
     let decision = after_failure(&unlimited, failure, tries, age, chance);
     match decision.settlement {
         Settlement::Retry { after } if says_ill(failure) => {
+            let after = after.max(open_for.saturating_add(STEP_BACK));
             Decision { settlement: Settlement::Postpone { after }, ..decision }
         }
         _ => after_failure(recovery, failure, tries, age, chance),
@@ -121,10 +125,13 @@ pub fn says_ill(failure: &Failure) -> bool {
 }
 
 /// For how long the handler wants nobody to ask it: with 429 and 503 it speaks for all messages.
-fn hold(recovery: &Recovery, failure: &Failure) -> Option<Duration> {
-    let for_all = matches!(failure.status, Some(429 | 503));
-    let wait = failure.retry_after.filter(|wait| for_all && !wait.is_zero())?;
-    Some(wait.min(recovery.retry_after_max))
+fn held_for(
+    recovery: &Recovery,
+    status: Option<u16>,
+    retry_after: Option<Duration>,
+) -> Option<Duration> {
+    let wait = retry_after.filter(|_| matches!(status, Some(429 | 503)))?;
+    Some(wait.min(recovery.retry_after_max)).filter(|wait| !wait.is_zero())
 }
 
 fn by_rule(
@@ -140,8 +147,8 @@ fn by_rule(
         Action::Retry { delay } => budget.retry(Wait { ours: *delay, theirs }, &why, chance),
         // It says something of the queue, and nothing of the message.
         Action::StopQueue => {
-            let after = theirs.unwrap_or_default().min(budget.recovery.retry_after_max);
-            Settlement::Postpone { after }
+            let theirs = theirs.unwrap_or_default().min(budget.recovery.retry_after_max);
+            Settlement::Postpone { after: theirs.max(STEP_BACK) }
         }
         Action::DeadLetter => Settlement::DeadLetter { reason: why },
         Action::Discard => Settlement::Discard { reason: why },
@@ -226,6 +233,9 @@ impl Budget<'_> {
     }
 }
 
+/// How long a message waits at least of which nothing is counted: others go first, and every replica has heard of a
+/// stop by then.
+const STEP_BACK: Duration = Duration::from_secs(1);
 /// By which part of what a handler asked for messages are late at most: all that it turned away in one moment
 /// would come back in one moment otherwise.
 const SPREAD: f64 = 0.1;
@@ -335,7 +345,7 @@ mod tests {
         );
         let stops = decide(500, 0);
         assert!(stops.stop_queue.is_some());
-        assert_eq!(stops.settlement, Settlement::Postpone { after: Duration::ZERO });
+        assert_eq!(stops.settlement, Settlement::Postpone { after: STEP_BACK });
         assert_eq!(
             decide(500, 11).settlement,
             stops.settlement,

@@ -46,8 +46,8 @@ pub fn simulate(recovery: &Recovery, failures: &[Failure]) -> Vec<Step> {
 
 fn wait(decision: &Decision) -> Option<Duration> {
     match decision.settlement {
-        // One that waits in a stopped queue is tried again after a start.
-        Settlement::Retry { after } | Settlement::Postpone { after } => Some(after),
+        // Nothing is counted of what waits in a stopped queue: the next one would be the same failure again.
+        Settlement::Retry { after } => Some(after),
         _ => None,
     }
 }

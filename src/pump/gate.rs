@@ -122,6 +122,14 @@ impl Gate {
     }
 }
 
+impl Slot {
+    /// Whether its holder tries, or does not, as whoever enters now.
+    pub(crate) fn is_current(&self) -> bool {
+        let count = *self.gate.count();
+        self.tries_at == count.few.map(|_| count.time)
+    }
+}
+
 impl Count {
     fn free(self) -> u32 {
         let free = self.limit.saturating_sub(self.open);
@@ -194,9 +202,11 @@ mod tests {
         assert!(gate.enter().now_or_never().is_none(), "never more than the limit");
         drop(before);
         let also = gate.enter().await;
+        assert!(also.is_current());
         assert!(gate.enter().now_or_never().is_none(), "two try");
         gate.set(0, None);
         gate.set(3, Some(1));
+        assert!(!also.is_current(), "it began another time");
         drop(also);
         assert_eq!((gate.free(), gate.counted(), gate.open()), (1, 0, 1), "another time");
         drop(tries);

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use crate::model::{Answer, Breaker, ErrorKind, Failure, Guard, GuardChange, QueueSettings};
+use crate::model::{Answer, Breaker, ErrorKind, Failure, Guard, GuardChange, Hold, QueueSettings};
 use crate::policy::{self, Decision};
 
 use super::QueuePump;
@@ -34,10 +34,12 @@ pub(super) struct Guarding {
     well: u32,
 }
 
-/// Which step of a half-open breaker it is: how often it was opened, and how many may be open.
+/// Which step of a half-open breaker it is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Step {
-    times: u32,
+    /// How often it was opened.
+    pub(super) times: u32,
+    /// How many may be open.
     limit: u32,
 }
 
@@ -96,7 +98,9 @@ impl Guarding {
         made_in: Option<Step>,
         replicas: usize,
     ) -> Option<GuardChange> {
-        let hold = decision.hold.filter(|wait| !self.is_held_for(*wait));
+        let longest = settings.recovery.retry_after_max;
+        let hold = decision.hold.map(|wait| Hold { wait, longest });
+        let hold = hold.filter(|hold| !self.is_held_for(*hold));
         let signs = Signs::of(outcome);
         let failed = |breaker: &_| Some(GuardChange::Failed(Clone::clone(breaker), hold));
         let breaker = settings.breaker.as_ref();
@@ -123,7 +127,7 @@ impl Guarding {
         if change.is_some() {
             self.telling += 1;
             self.told += 1;
-            let until = hold.and_then(|wait| self.now().checked_add(wait).ok());
+            let until = hold.and_then(|hold| self.now().checked_add(hold.wait).ok());
             self.held_until = self.held_until.max(until);
         }
         change
@@ -146,9 +150,11 @@ impl Guarding {
     }
 
     /// Whether the handler is held for so long already, or is about to be.
-    fn is_held_for(&self, wait: Duration) -> bool {
-        let until = self.now().checked_add(wait).unwrap_or(Timestamp::MAX);
-        self.clock.is_some() && self.guard.held_until.max(self.held_until) >= Some(until)
+    fn is_held_for(&self, hold: Hold) -> bool {
+        let now = self.now();
+        let until = now.checked_add(hold.wait).unwrap_or(Timestamp::MAX);
+        let is_written = self.guard.after(&GuardChange::Held(hold), now) == self.guard;
+        self.clock.is_some() && (is_written || self.held_until >= Some(until))
     }
 
     fn now(&self) -> Timestamp {
@@ -174,6 +180,7 @@ impl Signs {
         match outcome {
             Ok(_) => Self::Well,
             Err(failure) if policy::says_ill(failure) => Self::Ill,
+            Err(Failure { kind: ErrorKind::Malformed, .. }) => Self::Unwell,
             Err(Failure { kind: ErrorKind::Cancelled | ErrorKind::LeaseLost, .. }) => Self::Nothing,
             Err(failure) if failure.status.is_some() => Self::Well,
             Err(_) => Self::Unwell,
@@ -201,12 +208,14 @@ impl QueuePump {
     /// Tells the store, as long as the round may; all replicas hear of it from the news of settings.
     pub(super) async fn tell_guard(&self, telling: Telling<'_>, round: &Round) {
         let tell = self.store.guard(&self.queue, telling.change.clone());
+        // Not for longer, because the gate is shut meanwhile.
+        let tell = tokio::time::timeout(TELL_MAX, tell);
         let told = match round.within_grace(tell).await {
-            Some(Ok(Some(guard))) => return self.take_over(guard),
+            Some(Ok(Ok(Some(guard)))) => return self.take_over(guard),
             // The queue is gone.
-            Some(Ok(None)) => return,
-            Some(Err(error)) => Some(error),
-            None => None,
+            Some(Ok(Ok(None))) => return,
+            Some(Ok(Err(error))) => Some(error),
+            Some(Err(_)) | None => None,
         };
         // The next delivery that fails says it again.
         let error = told.as_ref().map(|error| error as &dyn std::error::Error);
@@ -235,11 +244,11 @@ impl QueuePump {
         self.set_gate();
     }
 
-    /// Takes over what stands in the store, unless something was told since `told` was read.
+    /// Takes over what stands in the store, unless it is old because something was told since `told` was read.
     pub(super) fn set_guard(&self, guard: &Guard, told: Option<u64>) {
         let setup = self.setup();
         let mut guarding = self.guarding();
-        if told.is_none_or(|told| guarding.told == told) {
+        if told.is_none_or(|told| guarding.told == told) || guard.version > guarding.guard.version {
             guarding.set(guard.clone(), &setup.settings);
         }
         self.meters.breaker.set(match guarding.guard.breaker {
@@ -255,6 +264,9 @@ impl QueuePump {
         self.guarding.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+/// How long a tell may take.
+const TELL_MAX: Duration = Duration::from_secs(5);
 
 /// Something of which the store is told; over, however that ends, when it is dropped.
 pub(super) struct Telling<'a> {

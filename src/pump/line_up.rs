@@ -133,7 +133,12 @@ impl House {
         for queue in &mut queues {
             let state = std::mem::take(&mut queue.state);
             queue.state = self.start_if_time(Some(&queue.name), state).await?;
-            self.try_again_if_time(queue).await?;
+        }
+        // Some now and the others a second later, so that this process goes on to show that it is alive.
+        let tried = tokio::time::timeout(ATTEND_EVERY, self.try_again_if_time(&mut queues)).await;
+        if let Ok(Err(error)) = tried {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(error, "cannot try an open breaker; trying again");
         }
         let timed = |state: &RunState| matches!(state, RunState::Stopped(stopped) if stopped.until.is_some());
         let is_open = |queue: &QueueRecord| matches!(queue.guard.breaker, Breaker::Open { .. });
@@ -185,22 +190,24 @@ impl House {
         }
     }
 
-    /// Lets some deliveries through a breaker that was open for long enough, and closes one that nobody wants.
-    async fn try_again_if_time(&self, queue: &mut QueueRecord) -> store::Result<()> {
-        let change = match (&queue.guard.breaker, &queue.settings.breaker) {
-            (Breaker::Closed, _) | (Breaker::HalfOpen { .. }, Some(_)) => return Ok(()),
-            (Breaker::Open { .. }, Some(breaker)) => {
-                let now = self.known().store_now();
-                if now.is_some_and(|now| !queue.guard.is_to_be_tried(breaker, now)) {
-                    return Ok(());
+    /// Lets some deliveries through breakers that were open for long enough, and closes those that nobody wants.
+    async fn try_again_if_time(&self, queues: &mut [QueueRecord]) -> store::Result<()> {
+        let now = self.known().store_now();
+        for queue in queues {
+            let change = match (&queue.guard.breaker, &queue.settings.breaker) {
+                (Breaker::Closed, _) | (Breaker::HalfOpen { .. }, Some(_)) => continue,
+                (Breaker::Open { .. }, Some(breaker)) => {
+                    if now.is_some_and(|now| !queue.guard.is_to_be_tried(breaker, now)) {
+                        continue;
+                    }
+                    // The store looks at its own clock, and does nothing before the time.
+                    GuardChange::TimeIsUp(breaker.clone())
                 }
-                // The store looks at its own clock, and does nothing before the time.
-                GuardChange::TimeIsUp(breaker.clone())
+                (Breaker::Open { .. } | Breaker::HalfOpen { .. }, None) => GuardChange::Lifted,
+            };
+            if let Some(guard) = self.store.guard(&queue.name, change).await? {
+                queue.guard = guard;
             }
-            (Breaker::Open { .. } | Breaker::HalfOpen { .. }, None) => GuardChange::Lifted,
-        };
-        if let Some(guard) = self.store.guard(&queue.name, change).await? {
-            queue.guard = guard;
         }
         Ok(())
     }

@@ -44,7 +44,7 @@ use crate::telemetry::metrics::QueueMeters;
 use care::Care;
 use ceiling::{Below, Ceiling};
 use gate::{Gate, Slot};
-use guarding::Guarding;
+use guarding::{Guarding, Step};
 use pace::Pace;
 use round::{Mode, Round};
 
@@ -95,7 +95,7 @@ struct Setup {
 /// A place behind the queue's gate, one behind the ceiling, and one among those that are approached with care;
 /// given back together.
 struct Slots {
-    _queue: Slot,
+    queue: Slot,
     _ceiling: ceiling::Place,
     _care: care::Place,
 }
@@ -119,7 +119,8 @@ impl QueuePump {
             let slots = self.enter_in_time(&next, since, &setup, &round, care).await;
             self.hold_no_longer();
             // Looked at again, because it may have waited for its turn: the gate may be shut by now.
-            let too_late = is_expired(&next, since) || self.gate.limit() == 0;
+            let was_shut = slots.as_ref().is_some_and(|slots| !slots.queue.is_current());
+            let too_late = is_expired(&next, since) || was_shut || self.gate.limit() == 0;
             match (slots, &setup.handler) {
                 (Some(slots), Some(_)) if !round.closed.is_cancelled() && !too_late => {
                     let carry = Arc::clone(&self).carry(next, slots, setup, Arc::clone(&round));
@@ -159,15 +160,13 @@ impl QueuePump {
         self.meters.queue_wait_seconds.record(wait(&leased));
 
         let outcome = self.deliver(&leased, &setup, &round).await;
+        let took = started.0.elapsed();
         let was_cut = matches!(&outcome, Err(failure) if failure.kind == ErrorKind::Cancelled);
-        let decision = self.judge(&leased, &setup, started.0, &outcome, step.is_some());
-        let decision = self.with_a_target(decision).await;
-        self.learn_pace(started.0.elapsed(), &outcome, &setup.settings);
+        let decision = self.judge(&leased, &setup, took, &outcome, step);
+        self.learn_pace(took, &outcome, &setup.settings);
         let telling = self.heed(&outcome, &decision, &setup.settings, step);
-        let record = self.record(&leased, started, &decision.settlement, &outcome);
-        let took = u64::try_from(started.0.elapsed().as_micros()).unwrap_or(u64::MAX);
-        learn(&self.usual, took.max(1));
-        let Leased { lease, message, .. } = leased;
+        learn(&self.usual, u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1));
+        let Leased { lease, message, tries, .. } = leased;
         drop(message);
         // The handler is done with it: the next one may start while this one is being written, as long as
         // not too many wait for that.
@@ -175,19 +174,17 @@ impl QueuePump {
         drop(slots);
         round.count_ended(was_cut);
 
-        let settle = Settle {
-            lease,
-            settlement: decision.settlement,
-            delivery: Some(record),
-            sent: Vec::new(),
-        };
+        if let Some(reason) = decision.stop_queue {
+            // First, or a message that goes on to wait would be leased again at once.
+            self.stop_for(reason, &round).await;
+        }
+        let settlement = self.with_a_target(decision.settlement, &round).await;
+        let record = self.record(tries.attempts, (started.1, took), &settlement, &outcome);
+        let settle = Settle { lease, settlement, delivery: Some(record), sent: Vec::new() };
         let settled = self.settle(settle, &round);
         match telling {
             Some(telling) => drop(tokio::join!(settled, self.tell_guard(telling, &round))),
             None => settled.await,
-        }
-        if let Some(reason) = decision.stop_queue {
-            self.stop_for(reason, &round).await;
         }
     }
 
@@ -231,7 +228,7 @@ impl QueuePump {
             let ceiling = self.ceiling.enter(&self.below).await;
             // Last of all, so that no token is lost.
             if self.take_token() {
-                return Some(Slots { _queue: queue, _ceiling: ceiling, _care: care });
+                return Some(Slots { queue, _ceiling: ceiling, _care: care });
             }
             drop(ceiling);
             self.in_turn().await;
@@ -261,40 +258,38 @@ impl QueuePump {
         &self,
         leased: &Leased,
         setup: &Setup,
-        started: Instant,
+        took: Duration,
         outcome: &Result<Answer, Failure>,
-        probes: bool,
+        step: Option<Step>,
     ) -> Decision {
         let recovery = &setup.settings.recovery;
         // Two readings of the database's clock and one span of ours, because ours may be wrong.
-        let age = since(leased.message.head.enqueued_at, leased.leased_at) + started.elapsed();
-        let chance = self.clock.chance();
-        match outcome {
-            Ok(answer) => {
-                policy::after_verdict(recovery, answer.verdict.clone(), leased.tries, age, chance)
+        let age = since(leased.message.head.enqueued_at, leased.leased_at) + took;
+        let (tries, chance) = (leased.tries, self.clock.chance());
+        match (outcome, step.zip(setup.settings.breaker.as_ref())) {
+            (Ok(answer), _) => policy::after_verdict(recovery, answer, tries, age, chance),
+            (Err(failure), Some((step, breaker))) => {
+                let open_for = breaker.opens_for(step.times.saturating_add(1));
+                policy::after_probe(recovery, failure, tries, age, chance, open_for)
             }
-            Err(failure) if probes => {
-                policy::after_probe(recovery, failure, leased.tries, age, chance)
-            }
-            Err(failure) => policy::after_failure(recovery, failure, leased.tries, age, chance),
+            (Err(failure), None) => policy::after_failure(recovery, failure, tries, age, chance),
         }
     }
 
     /// A move to a queue that was deleted is a dead letter. The store knows that too, for one that is deleted a moment
     /// later; but then its record says that it was moved.
-    async fn with_a_target(&self, decision: Decision) -> Decision {
-        let Settlement::Move { to_queue, reason } = &decision.settlement else { return decision };
-        if !matches!(self.store.queue(to_queue).await, Ok(None)) {
-            return decision;
+    async fn with_a_target(&self, settlement: Settlement, round: &Round) -> Settlement {
+        let Settlement::Move { to_queue, reason } = &settlement else { return settlement };
+        match round.within_grace(self.store.queue(to_queue)).await {
+            Some(Ok(None)) => Settlement::DeadLetter { reason: target_gone(reason, to_queue) },
+            Some(Ok(Some(_)) | Err(_)) | None => settlement,
         }
-        let reason = target_gone(reason, to_queue);
-        Decision { settlement: Settlement::DeadLetter { reason }, ..decision }
     }
 
     fn record(
         &self,
-        leased: &Leased,
-        (start, started_at): (Instant, Timestamp),
+        number: u32,
+        (started_at, duration): (Timestamp, Duration),
         settlement: &Settlement,
         outcome: &Result<Answer, Failure>,
     ) -> DeliveryRecord {
@@ -303,10 +298,10 @@ impl QueuePump {
             Err(failure) => (failure.status, failure.excerpt.clone(), Some(failure)),
         };
         DeliveryRecord {
-            number: leased.tries.attempts,
+            number,
             replica: self.replica.clone(),
             started_at,
-            duration: start.elapsed(),
+            duration,
             outcome: Outcome::from(settlement),
             status,
             error_kind: failure.map(|failure| failure.kind),
@@ -403,6 +398,12 @@ impl QueuePump {
             round.tasks.spawn(Arc::clone(self).run(Arc::clone(&round)));
             rounds.push(round);
         }
+    }
+
+    /// Whether it takes messages in, and not only those that an operator wants run.
+    fn runs(&self) -> bool {
+        let is_open = |round: &Arc<Round>| round.mode == Mode::All && !round.closed.is_cancelled();
+        self.rounds().iter().any(is_open)
     }
 
     /// Whether something of it has not ended yet.

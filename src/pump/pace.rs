@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use crate::model::{Answer, ErrorKind, Failure, QueueSettings, Scope};
+use crate::model::{Answer, ErrorKind, Failure, QueueSettings};
 use crate::policy::{Adaptive, Bucket, Load, Rate, Sample};
 
 use super::QueuePump;
@@ -26,29 +26,18 @@ impl QueuePump {
     /// Moves the gate to what is allowed now: this process' share, unless the handler is to be left alone, is
     /// tried by a few, or serves fewer better.
     pub(super) fn set_gate(&self) {
-        let found = self.found_limit().unwrap_or(u32::MAX);
-        let settings = &self.setup().settings;
         // Held until the gate is moved, so that an older reading does not move it after a newer one.
         let guarding = self.guarding();
+        let found = self.found_limit().unwrap_or(u32::MAX);
+        let settings = &self.setup().settings;
         let share = self.share.load(Ordering::Relaxed);
         let limit = guarding.limit(share, settings).min(found);
         match guarding.step() {
             None => self.gate.set(limit, None),
-            // The share is of those few; what was open before counts for the queue's own limit.
-            Some(_) if limit > 0 => self.gate.set(self.fair_part(settings), Some(limit)),
-            Some(_) => self.gate.set(0, Some(0)),
+            // The share is of those few; with what was open before it is within the queue's limit.
+            Some(_) => self.gate.set(settings.concurrency.most(), Some(limit)),
         }
         self.meters.limit.set(f64::from(self.gate.limit()));
-    }
-
-    /// What this process could have of the queue's limit if all had the same.
-    fn fair_part(&self, settings: &QueueSettings) -> u32 {
-        let replicas = u32::try_from(self.replicas.load(Ordering::Relaxed)).unwrap_or(u32::MAX);
-        let most = settings.concurrency.most();
-        match settings.concurrency.scope {
-            Scope::Cluster => most.div_ceil(replicas.max(1)),
-            Scope::Replica => most,
-        }
     }
 
     /// The limit that was found for an adaptive gate.

@@ -107,9 +107,15 @@ impl QueuePump {
         // Only a queue that runs: what an operator stopped keeps the operator's reason and time.
         let running = Some(RunState::Running);
         let stopped = self.store.set_run_state(Some(&self.queue), state, running);
-        let Some(Err(error)) = round.within_grace(stopped).await else { return };
-        // The next message of the queue meets the same answer and stops it then.
-        tracing::error!(queue = %self.queue, error = &error as &dyn std::error::Error, "cannot stop the queue");
+        match round.within_grace(stopped).await {
+            // Here at once; the other replicas hear of it.
+            Some(Ok(true)) => round.close(),
+            Some(Ok(false)) | None => (),
+            // The next message of the queue meets the same answer and stops it then.
+            Some(Err(error)) => {
+                tracing::error!(queue = %self.queue, error = &error as &dyn std::error::Error, "cannot stop the queue");
+            }
+        }
     }
 }
 

@@ -51,7 +51,7 @@ impl House {
             pump.replicas.store(replicas, Ordering::Relaxed);
             pump.move_gate(*share);
             // It has still to get a share, or to show that it gave one up.
-            waiting |= (*share as usize) < want.limit as usize / replicas
+            waiting |= want.able && (*share as usize) < want.limit as usize / replicas
                 || want.shared && *share < want.open;
         }
         self.set_replicas(attended.replicas);
@@ -103,17 +103,25 @@ impl House {
 impl QueuePump {
     fn want(&self) -> Want {
         let setup = self.setup();
-        // Where nobody here handles the queue, all of it is for the others.
-        let limit = match setup.handler {
-            Some(_) => self.guarding().limit(setup.settings.concurrency.most(), &setup.settings),
-            None => 0,
+        let most = setup.settings.concurrency.most();
+        let (limit, tried) = {
+            let guarding = self.guarding();
+            (guarding.limit(most, &setup.settings), guarding.step().is_some())
         };
+        // Nobody tries a handler in a process that is to deliver nothing.
+        let able = setup.handler.is_some() && (!tried || self.runs());
+        // The few that try are over all replicas in any case; the queue's own limit is then one of each.
+        let of_each = setup.settings.concurrency.scope == Scope::Replica;
+        let counted = self.gate.counted();
         Want {
             queue: self.queue.clone(),
             limit,
-            shared: setup.handler.is_some() && self.shares_its_limit(),
+            most: if of_each { u32::MAX } else { most },
+            shared: self.shares_its_limit(),
+            able,
             // Up to its limit more may be opened before the answer is here.
-            open: self.gate.counted().max(self.gate.limit()),
+            open: counted.max(self.gate.limit()),
+            strays: self.gate.open().saturating_sub(counted),
         }
     }
 

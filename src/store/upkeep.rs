@@ -65,12 +65,25 @@ pub struct Attendance {
 pub struct Want {
     /// Which queue.
     pub queue: QueueName,
-    /// The queue's limit.
+    /// How many may be open at once: the queue's limit, or of a half-open breaker as many as may try.
     pub limit: u32,
+    /// The queue's limit in any case.
+    pub most: u32,
     /// Whether the limit is over all replicas.
     pub shared: bool,
-    /// How many this process has open now.
+    /// Whether this process can open any; where not, all of it is for the others.
+    pub able: bool,
+    /// How many this process has open now that count for `limit`.
     pub open: u32,
+    /// How many it has open beside those: from before the breaker was opened. They count for `most`.
+    pub strays: u32,
+}
+
+impl Want {
+    /// The share of a process that is alone.
+    pub(super) fn of_one(&self) -> u32 {
+        if self.able { self.limit.min(self.most.saturating_sub(self.strays)) } else { 0 }
+    }
 }
 
 /// What a process may do until it reports again.

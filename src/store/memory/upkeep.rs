@@ -72,7 +72,7 @@ impl Books {
         let share = |limit| if attendance.leaving { 0 } else { limit };
         let present = (!attendance.leaving).then(|| attendance.replica.clone());
         Attended {
-            shares: attendance.wants.iter().map(|want| share(want.limit)).collect(),
+            shares: attendance.wants.iter().map(|want| share(want.of_one())).collect(),
             reaped: Vec::new(),
             replicas: present.into_iter().collect(),
             revision: self.revision,

@@ -57,8 +57,8 @@ where not exists (select 1 from replica where replica.name = share.replica)
 // Lives on: queue_name_key and the primary key of share.
 const TAKEN: &str = "\
 select queue.id, queue.name, coalesce(sum(share.slots) filter (where share.replica <> $1), 0)::bigint as others,
-    count(*) filter (where share.replica <> $1) as rivals,
-    count(*) filter (where share.replica < $1) as before
+    count(*) filter (where share.replica <> $1 and not share.able) as unable,
+    count(*) filter (where share.replica < $1 and not share.able) as unable_before
 from queue
 left join share on share.queue_id = queue.id
 where queue.name = any($2)
@@ -66,12 +66,12 @@ group by queue.id, queue.name";
 
 // Lives on: the primary key of share.
 const TAKE: &str = "\
-insert into share (queue_id, replica, slots)
-select queue_id, $1, slots
-from unnest($2::integer[], $3::integer[]) as mine (queue_id, slots)
+insert into share (queue_id, replica, slots, able)
+select queue_id, $1, slots, able
+from unnest($2::integer[], $3::integer[], $4::boolean[]) as mine (queue_id, slots, able)
 on conflict (queue_id, replica) do update
-set slots = excluded.slots
-where share.slots <> excluded.slots";
+set slots = excluded.slots, able = excluded.able
+where (share.slots, share.able) <> (excluded.slots, excluded.able)";
 
 // Lives on: the primary key of pump.
 const REVISION: &str = "\
@@ -160,7 +160,7 @@ async fn report(
     }
     query(FORGET_DEAD).execute(&mut *connection).await?;
     let replicas = alive(connection).await?;
-    let shares = shares(connection, attendance).await?;
+    let shares = shares(connection, attendance, &replicas).await?;
     let row = query(REVISION).fetch_one(connection).await?;
     let (revision, now) = (row.try_get("revision")?, rows::moment(row.try_get("now")?)?);
     Ok(Attended { shares, reaped: Vec::new(), replicas, revision, now })
@@ -174,7 +174,11 @@ async fn alive(connection: &mut PgConnection) -> sqlx::Result<Vec<ReplicaName>> 
     names.into_iter().map(parse).collect()
 }
 
-async fn shares(connection: &mut PgConnection, attendance: &Attendance) -> sqlx::Result<Vec<u32>> {
+async fn shares(
+    connection: &mut PgConnection,
+    attendance: &Attendance,
+    replicas: &[ReplicaName],
+) -> sqlx::Result<Vec<u32>> {
     let name = attendance.replica.as_str();
     let shared = attendance.wants.iter().filter(|want| want.shared && !attendance.leaving);
     let queues = shared.map(|want| want.queue.as_str()).collect::<Vec<_>>();
@@ -185,42 +189,59 @@ async fn shares(connection: &mut PgConnection, attendance: &Attendance) -> sqlx:
         let taken_here = Taken {
             id: row.try_get("id")?,
             others: row.try_get("others")?,
-            rivals: row.try_get("rivals")?,
-            before: row.try_get("before")?,
+            unable: row.try_get("unable")?,
+            unable_before: row.try_get("unable_before")?,
         };
         taken.insert(queue, taken_here);
     }
-    let (mut shares, mut ids, mut slots) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut shares, mut ids, mut slots, mut able) = (vec![], vec![], vec![], vec![]);
+    let rank = replicas.iter().position(|replica| *replica == attendance.replica);
+    let rank = rank.filter(|_| !attendance.leaving);
     for want in &attendance.wants {
-        let Some(taken) = taken.get(&want.queue).filter(|_| want.shared) else {
-            shares.push(if attendance.leaving { 0 } else { want.limit });
+        let Some(rank) = rank.filter(|_| want.able) else {
+            shares.push(0);
+            if let Some(taken) = taken.get(&want.queue).filter(|_| want.shared) {
+                ids.push(taken.id);
+                slots
+                    .push(i32::try_from(want.open.saturating_add(want.strays)).unwrap_or(i32::MAX));
+                able.push(false);
+            }
             continue;
         };
-        let left = u32::try_from(i64::from(want.limit) - taken.others).unwrap_or(0);
-        let share = taken.fair(want.limit).min(left);
+        let Some(taken) = taken.get(&want.queue).filter(|_| want.shared) else {
+            shares.push(want.of_one());
+            continue;
+        };
+        let left = i64::from(want.most) - taken.others - i64::from(want.strays);
+        let left = u32::try_from(left).unwrap_or(0);
+        let share = taken.fair(want.limit, rank, replicas.len()).min(left);
         shares.push(share);
         ids.push(taken.id);
-        slots.push(i32::try_from(share.max(want.open)).unwrap_or(i32::MAX));
+        let open = share.max(want.open).saturating_add(want.strays);
+        slots.push(i32::try_from(open).unwrap_or(i32::MAX));
+        able.push(true);
     }
-    query(TAKE).bind(name).bind(ids).bind(slots).execute(connection).await?;
+    query(TAKE).bind(name).bind(ids).bind(slots).bind(able).execute(connection).await?;
     Ok(shares)
 }
 
-/// Who wants deliveries of a queue beside this replica.
+/// Who has deliveries of a queue beside this replica.
 struct Taken {
     id: i32,
     /// How many the others have.
     others: i64,
-    /// How many others there are.
-    rivals: i64,
-    /// How many of them come first by name.
-    before: i64,
+    /// How many others cannot open any.
+    unable: i64,
+    /// How many of those come first by name.
+    unable_before: i64,
 }
 
 impl Taken {
-    /// How many deliveries would be fair: an equal part, and one of the rest for those that come first by name.
-    fn fair(&self, limit: u32) -> u32 {
-        let (rank, count) = (self.before as u32, self.rivals as u32 + 1);
+    /// How many deliveries would be fair for the replica with this rank: an equal part, and one of the rest for those
+    /// that come first by name, but for those that cannot.
+    fn fair(&self, limit: u32, rank: usize, replicas: usize) -> u32 {
+        let count = replicas.saturating_sub(self.unable as usize).max(1) as u32;
+        let rank = rank.saturating_sub(self.unable_before as usize) as u32;
         limit / count + u32::from(rank < limit % count)
     }
 }

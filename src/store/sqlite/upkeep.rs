@@ -162,7 +162,7 @@ pub(super) async fn attend(desk: &mut Desk, attendance: &Attendance) -> sqlx::Re
     let share = |limit| if attendance.leaving { 0 } else { limit };
     let present = (!attendance.leaving).then(|| attendance.replica.clone());
     Ok(Attended {
-        shares: attendance.wants.iter().map(|want| share(want.limit)).collect(),
+        shares: attendance.wants.iter().map(|want| share(want.of_one())).collect(),
         reaped,
         replicas: present.into_iter().collect(),
         revision: query_scalar(REVISION).fetch_one(&mut desk.connection).await?,

@@ -42,8 +42,9 @@ async fn a_rule_says_otherwise_than_the_table(database: Database) {
         .await;
     let queue = scene.client.queue("q").await;
     assert!(text(&queue, "/stopped/reason").contains("500"), "{queue}");
-    let waits = ["ready", "scheduled"];
-    assert!(waits.contains(&scene.client.state(&id).await.as_str()), "the message waits there");
+    eventually("it waits there", async || scene.client.state(&id).await == "ready").await;
+    assert_eq!(scene.receiver.deliveries_of(&id).len(), 1, "and is not tried again");
+    assert_eq!(number(&scene.client.message(&id).await, "/failures"), 0);
 }
 
 async fn a_message_is_moved_under_its_id_with_a_new_budget(database: Database) {

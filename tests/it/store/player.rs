@@ -142,7 +142,10 @@ fn check_move(old: &Record, new: &Record) {
     let redriven = old.state == State::Dead && new.state.waits();
     // A redrive clears an expiry that has passed.
     let expires_at = old.head.expires_at.filter(|_| !redriven || new.head.expires_at.is_some());
-    let head = Head { expires_at, ..old.head.clone() };
+    // A move takes it to another queue.
+    let moved = old.state == State::Leased && new.state == State::Ready && new.tries.failures == 0;
+    let queue = if moved { new.head.queue.clone() } else { old.head.queue.clone() };
+    let head = Head { expires_at, queue, ..old.head.clone() };
     assert_eq!(head, new.head, "this never changes");
     let legal = old.state == new.state || pumphouse::model::may_move(old.state, new.state);
     assert!(legal, "no message moves like this: {old:?} {new:?}");

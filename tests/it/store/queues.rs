@@ -3,9 +3,9 @@
 use jiff::Timestamp;
 use pumphouse::model::{
     Action, Backoff, Bounds, Breaker, BreakerSettings, Builtin, Concurrency, Curve, ErrorKind,
-    Guard, GuardChange, Handler, HttpHandler, Jitter, Match, OnExpiry, QueueRecord, QueueSettings,
-    RateLimit, Recovery, Retention, RetryStatuses, Rule, RunState, Scope, Settlement, State,
-    Stopped,
+    Guard, GuardChange, Handler, Hold, HttpHandler, Jitter, Match, OnExpiry, QueueRecord,
+    QueueSettings, RateLimit, Recovery, Retention, RetryStatuses, Rule, RunState, Scope,
+    Settlement, State, Stopped,
 };
 use pumphouse::store::{CEILING_DEFAULT, DeleteQueue, Precondition, PumpRecord, PutQueue};
 use std::time::Duration;
@@ -37,7 +37,8 @@ pub(crate) async fn a_guard_changes_once_and_whoever_listens_hears_of_it(stage: 
     let tell = async |change| stage.store.guard(&name, change).await.unwrap().unwrap();
     let mut news = stage.store.news().of_settings();
     news.mark_unchanged();
-    let failed = GuardChange::Failed(BreakerSettings::default(), Some(LONG));
+    let hold = Hold { wait: LONG, longest: LONG };
+    let failed = GuardChange::Failed(BreakerSettings::default(), Some(hold));
     let open = tell(failed.clone()).await;
     assert!(matches!(open.breaker, Breaker::Open { times: 1, .. }), "{open:?}");
     heard(&mut news).await;

@@ -24,8 +24,11 @@ fn attendance(name: &str, incarnation: i64, wants: &[(&QueueName, u32, u32)]) ->
     let want = |(queue, limit, open): &(&QueueName, u32, u32)| Want {
         queue: (*queue).clone(),
         limit: *limit,
+        most: *limit,
         shared: true,
+        able: true,
         open: *open,
+        strays: 0,
     };
     Attendance {
         replica: replica(name),
@@ -149,6 +152,25 @@ async fn shares_sum_up_to_the_limit_and_never_to_more() {
     assert_eq!(attend(&one, leaving).await.shares, [0]);
     let alone = attend(&other, attendance("b", 2, &[(&queue, 5, 2)])).await;
     assert_eq!((alone.shares, alone.replicas), (vec![5], vec![replica("b")]));
+}
+
+#[tokio::test]
+async fn who_cannot_deliver_leaves_its_part_to_the_others_and_what_it_has_open_counts() {
+    let (one, other) = two().await;
+    let queue = one.queue("letters").await;
+    let unable = |open, strays| {
+        let mut attendance = attendance("a", 1, &[(&queue, 1, open)]);
+        let want = Want { able: false, most: 5, strays, ..attendance.wants[0].clone() };
+        attendance.wants = vec![want];
+        attendance
+    };
+    assert_eq!(attend(&one, unable(0, 0)).await.shares, [0]);
+    // The first by name would have the only one.
+    let few = attend(&other, attendance("b", 2, &[(&queue, 1, 0)])).await;
+    assert_eq!(few.shares, [1]);
+    attend(&one, unable(0, 4)).await;
+    let all = attend(&other, attendance("b", 2, &[(&queue, 5, 1)])).await;
+    assert_eq!(all.shares, [1], "with four that are open from before, one is left of five");
 }
 
 #[tokio::test]

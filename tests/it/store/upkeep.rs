@@ -243,7 +243,15 @@ pub(crate) async fn sweeping_stops_at_its_limit_and_says_so(stage: Stage) {
 pub(crate) async fn a_process_alone_may_open_all_it_wants(stage: Stage) {
     let queue = stage.queue("letters").await;
     let other = stage.queue("parcels").await;
-    let want = |queue, limit, shared| Want { queue, limit, shared, open: 0 };
+    let want = |queue, limit, shared| Want {
+        queue,
+        limit,
+        most: limit,
+        shared,
+        able: true,
+        open: 0,
+        strays: 0,
+    };
     let wants = vec![want(queue, 16, true), want(other, 3, false)];
     let attended = stage.store.attend(attendance(wants)).await.unwrap();
     assert_eq!(attended.shares, [16, 3]);
