@@ -39,7 +39,7 @@ pub(super) struct RecoveryBody {
 
 /// When a handler is thought to be ill, and for how long it is left alone.
 #[derive(Debug, Clone, Serialize, Deserialize, ToSchema)]
-#[serde(deny_unknown_fields, default)]
+#[serde(deny_unknown_fields, default, expecting = "an object, or null for none")]
 pub(super) struct BreakerBody {
     /// How many deliveries in a row must fail (no answer, 429 or 5xx), in one process.
     failures: u32,

@@ -236,7 +236,11 @@ impl QueuePump {
         {
             tracing::debug!(%queue, breaker, guard = ?guard.breaker, "the handler is tried");
         } else {
-            tracing::warn!(%queue, breaker, held_until, "what keeps the handler from being asked has changed");
+            let open_until = match guard.breaker {
+                Breaker::Open { until, .. } => Some(tracing::field::display(until)),
+                Breaker::Closed | Breaker::HalfOpen { .. } => None,
+            };
+            tracing::warn!(%queue, breaker, open_until, held_until, "what keeps the handler from being asked has changed");
         }
         guarding.set(guard, &setup.settings);
         guarding.told += 1;

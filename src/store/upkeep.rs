@@ -91,7 +91,7 @@ impl Want {
 pub struct Attended {
     /// For each want, in order: how many deliveries may be open here.
     pub shares: Vec<u32>,
-    /// Leases of dead processes that were taken back, as by [`Store::reap`].
+    /// Leases of dead processes that were taken back, as by [`Store::reap`](super::Store::reap).
     pub reaped: Vec<Reaped>,
     /// The names of the processes that are alive, this one too.
     pub replicas: Vec<ReplicaName>,
