@@ -35,10 +35,7 @@ async fn a_dead_receiver_is_asked_a_few_times_and_no_message_dies_of_it(database
     scene.receiver.set("/q", Mood::status(500));
     scene.queue_with("q", breaker(json!({}))).await;
     let began = Instant::now();
-    for number in 0..40 {
-        scene.client.send("q", number.to_string()).await;
-    }
-    eventually("it is open", async || state(&scene).await == "open").await;
+    send_until_it_opens(&scene, 40).await;
     // Open for 1, 2, 4 and 4 seconds: with one probe after each, and what was under way when it opened.
     pass(Duration::from_secs(10)).await;
     let asked = scene.receiver.count("/q");
@@ -70,10 +67,7 @@ async fn a_dead_receiver_is_asked_at_most_26_times_in_a_minute() {
     scene.queue_with("q", settings).await;
     scene.receiver.set("/q", Mood::status(500));
     let began = Instant::now();
-    for number in 0..200 {
-        scene.client.send("q", number.to_string()).await;
-    }
-    eventually("it is open", async || state(&scene).await == "open").await;
+    send_until_it_opens(&scene, 200).await;
     let at_once = scene.receiver.count("/q");
     pass(Duration::from_secs(60).saturating_sub(began.elapsed())).await;
     let asked = scene.receiver.count("/q");
@@ -95,10 +89,7 @@ async fn probes_ramp_up_until_it_closes(database: Database) {
     let scene = Scene::on(database).await;
     scene.queue_with("q", breaker(json!({"concurrency": {"limit": 16}}))).await;
     scene.receiver.set("/q", Mood::status(503));
-    for number in 0..60 {
-        scene.client.send("q", number.to_string()).await;
-    }
-    eventually("it is open", async || state(&scene).await == "open").await;
+    send_until_it_opens(&scene, 60).await;
     eventually("what was under way has ended", async || scene.receiver.open("/q") == 0).await;
     let before = scene.receiver.history("/q").len();
     scene.receiver.set("/q", Mood::slow(Duration::from_millis(300)));
@@ -196,10 +187,7 @@ async fn one_breaker_over_all_processes() {
     let other = Process::start(&scene.database, &[]).await;
     scene.receiver.set("/q", Mood::status(500));
     scene.queue_with("q", breaker(json!({}))).await;
-    for number in 0..60 {
-        scene.client.send("q", number.to_string()).await;
-    }
-    eventually("it is open", async || state(&scene).await == "open").await;
+    send_until_it_opens(&scene, 60).await;
     pass(Duration::from_secs(6)).await;
     // Each process counts to five by itself, and at most four were under way; then 1, 2 and 4 seconds.
     let asked = scene.receiver.count("/q");
@@ -217,9 +205,7 @@ async fn a_4xx_says_nothing_about_the_handler_and_null_means_no_breaker() {
     let scene = Scene::new().await;
     scene.queue_with("q", breaker(json!({}))).await;
     scene.receiver.set("/q", Mood::status(400));
-    for number in 0..20 {
-        scene.client.send("q", number.to_string()).await;
-    }
+    send(&scene, 20).await;
     eventually("all are dead", async || {
         number(&scene.client.queue("q").await, "/stats/dead") == 20
     })
@@ -227,9 +213,7 @@ async fn a_4xx_says_nothing_about_the_handler_and_null_means_no_breaker() {
     assert_eq!(state(&scene).await, "closed");
     scene.queue_with("q", breaker(json!({"breaker": null}))).await;
     scene.receiver.set("/q", Mood::status(500));
-    for number in 0..20 {
-        scene.client.send("q", number.to_string()).await;
-    }
+    send(&scene, 20).await;
     eventually("all are dead", async || {
         number(&scene.client.queue("q").await, "/stats/dead") == 40
     })
@@ -243,10 +227,7 @@ async fn a_patch_turns_it_off_and_on_and_closes_it() {
     let slow = json!({"failures": 3, "open_for": "1h", "max_open": "1h"});
     scene.queue_with("q", breaker(json!({"breaker": slow}))).await;
     scene.receiver.set("/q", Mood::status(500));
-    for number in 0..5 {
-        scene.client.send("q", number.to_string()).await;
-    }
-    eventually("it is open", async || state(&scene).await == "open").await;
+    send_until_it_opens(&scene, 5).await;
     scene.receiver.set("/q", Mood::ack());
     let patched = scene.client.patch_queue("q", &json!({"breaker": null})).await;
     assert_eq!((&patched["breaker"], &patched["breaker_state"]), (&Value::Null, &json!("closed")));
@@ -262,10 +243,7 @@ async fn who_is_tried_and_asks_for_time_gets_it() {
     let quick = json!({"failures": 3, "open_for": "500ms", "max_open": "500ms"});
     scene.queue_with("q", breaker(json!({"breaker": quick}))).await;
     scene.receiver.set("/q", Mood::status(500));
-    for number in 0..5 {
-        scene.client.send("q", number.to_string()).await;
-    }
-    eventually("it is open", async || state(&scene).await == "open").await;
+    send_until_it_opens(&scene, 5).await;
     eventually("what was under way has ended", async || scene.receiver.open("/q") == 0).await;
     let asked = scene.receiver.count("/q");
     scene.receiver.set("/q", Reply::new(503).header("Retry-After", "3600").into());
@@ -295,14 +273,23 @@ async fn what_hangs_from_before_it_opened_does_not_keep_it_open() {
     );
     scene.client.send("q", "hang").await;
     scene.receiver.wait_for_open("/q", 1).await;
-    for number in 0..20 {
-        scene.client.send("q", number.to_string()).await;
-    }
-    eventually("it is open", async || state(&scene).await == "open").await;
+    send_until_it_opens(&scene, 20).await;
     scene.receiver.set("/q", Mood::ack());
     eventually("all others are completed", async || completed(&scene).await == 20).await;
     assert_eq!(state(&scene).await, "closed");
     assert!(scene.receiver.most_open("/q") <= 4, "never more than the limit");
+}
+
+async fn send(scene: &Scene, count: usize) {
+    for number in 0..count {
+        scene.client.send("q", number.to_string()).await;
+    }
+}
+
+/// Sends so many to a handler that fails.
+async fn send_until_it_opens(scene: &Scene, count: usize) {
+    send(scene, count).await;
+    eventually("it is open", async || state(scene).await == "open").await;
 }
 
 async fn state(scene: &Scene) -> String {
