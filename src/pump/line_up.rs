@@ -85,8 +85,12 @@ impl House {
         let deadline = tokio::time::Instant::now() + stop.deadline;
         let mut rounds = self.close_rounds(queue);
         let ends = round::end_all(rounds.clone(), deadline);
-        let (told, _) = tokio::join!(self.close_and_tell(queue, stop), ends);
-        let (found, closed) = told?;
+        let tell = tokio::time::timeout_at(deadline + TELL_MAX, self.close_and_tell(queue, stop));
+        let (told, _) = tokio::join!(tell, ends);
+        let (found, closed) = told.map_err(|_| {
+            self.revision.store(OUT_OF_LINE, Ordering::Relaxed);
+            store::Error::Unavailable("it could not be told of the stop in time".into())
+        })??;
         for round in closed {
             if rounds.iter().all(|known| !Arc::ptr_eq(known, &round)) {
                 rounds.push(round);
@@ -300,6 +304,8 @@ fn mode(pump_state: &RunState, queue: &QueueRecord, pump: &QueuePump) -> Option<
     }
 }
 
+/// How long after its deadline a stop may still be told.
+const TELL_MAX: Duration = Duration::from_secs(5);
 /// No revision of any store.
 const OUT_OF_LINE: i64 = -1;
 /// How often this process shows that it is alive and looks for changes that it was not told of.

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use futures::future::join;
 use serde_json::{Value, json};
 use sqlx::{Connection, PgConnection};
 
@@ -10,7 +11,7 @@ use crate::support::postgres::{Frozen, start_cluster};
 use crate::support::process::Database;
 use crate::support::receiver::{Gate, Mood, Reply};
 use crate::support::scene::Scene;
-use crate::support::{eventually, on_both, say};
+use crate::support::{eventually, on_both, pass, say};
 
 on_both! {
     nothing_open_ends_at_once_though_retries_are_pending
@@ -140,6 +141,7 @@ async fn with_a_frozen_database_a_stop_ends_by_its_deadline() {
     let asked = Instant::now();
     let stop = scene.client.post("/admin/v1/pump/stop", &json!({"deadline": "1s"})).await;
     let took = asked.elapsed();
+    assert_eq!(stop.status, 503, "nobody can write that it is stopped: {stop:?}");
     drop(frozen);
     say!("answered {} in {took:?}", stop.status);
     assert!(took < Duration::from_secs(20), "{took:?}");
@@ -149,6 +151,39 @@ async fn with_a_frozen_database_a_stop_ends_by_its_deadline() {
             .await;
     }
     eventually("all are handled", async || scene.receiver.successes("/q") == 4).await;
+}
+
+/// Somebody works on the schema by hand, and whoever looks at the queues waits for that.
+#[tokio::test]
+async fn while_the_queues_are_locked_a_stop_ends_by_its_deadline() {
+    let scene = Scene::on(Database::postgres().await).await;
+    scene.queue("q").await;
+    scene.receiver.set("/q", Mood::Hang);
+    send(&scene, 4).await;
+    scene.receiver.wait_for_open("/q", 4).await;
+    let mut connection = PgConnection::connect(&scene.database.url()).await.expect("it answers");
+    let lock = "begin; lock table pumphouse.queue in access exclusive mode";
+    sqlx::raw_sql(lock).execute(&mut connection).await.expect("nobody else has it for long");
+    // Long enough for the process to look at the queues, and to wait for it.
+    let ceiling = json!({"concurrency": {"limit": 900}});
+    let looks = scene.client.patch("/admin/v1/pump", &ceiling);
+    let stops = async {
+        pass(Duration::from_secs(1)).await;
+        let asked = Instant::now();
+        let stop = scene.client.post("/admin/v1/pump/stop", &json!({"deadline": "1s"})).await;
+        (stop.status, asked.elapsed())
+    };
+    let (_, (status, took)) = join(looks, stops).await;
+    say!("answered {status} in {took:?}");
+    assert_eq!(status, 503);
+    assert!(took < Duration::from_secs(9), "{took:?}");
+    assert_eq!(scene.receiver.open("/q"), 0, "what was open is cut");
+    sqlx::raw_sql("rollback").execute(&mut connection).await.expect("it goes on");
+    scene.receiver.set("/q", Mood::ack());
+    eventually("it goes on, because nobody could write the stop", async || {
+        scene.receiver.successes("/q") == 4
+    })
+    .await;
 }
 
 async fn stat(scene: &Scene, name: &str) -> u64 {
