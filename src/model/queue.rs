@@ -354,7 +354,7 @@ pub enum RunState {
 pub struct Stopped {
     /// When.
     pub at: Timestamp,
-    /// Who: `operator`, or `handler` for one that answered 410.
+    /// Who: `operator`, or `handler` for an answer that stops the queue: a 410, or what a rule says so of.
     pub by: String,
     /// Why, in a sentence.
     #[serde(default, skip_serializing_if = "Option::is_none")]

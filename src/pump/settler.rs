@@ -93,8 +93,8 @@ impl QueuePump {
         self.settle(settle, &round).await;
     }
 
-    /// Stops this queue on every replica, because its handler asked for it. The house hears of it from
-    /// the news of settings and closes the round.
+    /// Stops this queue on every replica, because its handler or a rule asked for it: here at once, on the others
+    /// when they hear the news of settings.
     pub(super) async fn stop_for(&self, reason: String, round: &Round) {
         tracing::warn!(queue = %self.queue, %reason, "queue stopped");
         let stopped = Stopped {
