@@ -144,17 +144,12 @@ fn pointer<'a>(segments: impl Iterator<Item = &'a Segment>) -> String {
         match segment {
             Segment::Seq { index } => pointer.push_str(&format!("/{index}")),
             Segment::Map { key } => {
-                pointer = pointer_to(&pointer, key);
+                pointer = Invalid::pointer(&pointer, key);
             }
             Segment::Enum { .. } | Segment::Unknown => (),
         }
     }
     pointer
-}
-
-/// The JSON pointer (RFC 6901) to a member of what `pointer` points at.
-pub(super) fn pointer_to(pointer: &str, member: &str) -> String {
-    format!("{pointer}/{}", member.replace('~', "~0").replace('/', "~1"))
 }
 
 /// The media type of a request, in lower case and without parameters; empty where it has none.

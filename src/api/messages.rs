@@ -15,12 +15,12 @@ use utoipa::ToSchema;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::model::{DeliveryRecord, Invalid, MessageId, Record};
+use crate::clock::{Clock, SystemClock};
+use crate::model::{self, DeliveryRecord, Invalid, MessageId, Record};
 use crate::store::{Amended, Amendment, Filter, Page};
 
 use super::Doors;
 use super::body::{Path, Query, read_json, read_json_or_default};
-use super::envelope::moment;
 use super::pages::{ListQuery, write_cursor};
 use super::problem::{self, Problem, ProblemBody};
 
@@ -205,7 +205,8 @@ async fn reschedule_message(
     request: Request,
 ) -> Result<Json<MessageBody>, Problem> {
     let RescheduleBody { deliver_at } = read_json(request).await?;
-    let due = moment(deliver_at).map_err(|detail| Invalid::new("/deliver_at", detail))?;
+    let due = model::moment(deliver_at, SystemClock.now())
+        .map_err(|detail| Invalid::new("/deliver_at", detail))?;
     amend(&doors, &id, Amendment::Reschedule(due)).await
 }
 

@@ -6,10 +6,9 @@ use jiff::Timestamp;
 use serde::Deserialize;
 use utoipa::IntoParams;
 
-use crate::model::{ErrorKind, Invalid, QueueName, State};
+use crate::model::{self, ErrorKind, Invalid, QueueName, State};
 use crate::store::{Filter, Page};
 
-use super::envelope::check_text;
 use super::problem::{self, Problem};
 
 /// Which messages, and which part of the list.
@@ -121,7 +120,7 @@ fn limit(text: Option<&str>) -> Result<usize, Invalid> {
 
 /// What a message's type or correlation id can be; anything else cannot match.
 pub(super) fn text(name: &str, text: Option<&str>) -> Result<Option<String>, Invalid> {
-    text.map(|text| check_text(text).map(|()| text.to_owned()))
+    text.map(|text| model::check_text(text).map(|()| text.to_owned()))
         .transpose()
         .map_err(|detail| Invalid::new(name, detail))
 }

@@ -13,8 +13,7 @@ use crate::model::{
     RateLimit, Retention, Scope,
 };
 
-use super::body::pointer_to;
-use super::envelope::{check_forwarded, not_available};
+use super::envelope::not_available;
 use super::lasting::Lasting;
 use super::problem::Problem;
 use super::recovery_settings::{BreakerBody, MaybeBreaker, RecoveryBody};
@@ -385,7 +384,7 @@ fn unmask(
 ) -> Result<BTreeMap<String, String>, Problem> {
     let mut result = BTreeMap::new();
     for (name, value) in headers {
-        let pointer = pointer_to("/handler/headers", &name);
+        let pointer = Invalid::pointer("/handler/headers", &name);
         let name = name.to_ascii_lowercase();
         let value = match stored.get(&name) {
             Some(stored) if value == MASK => stored.clone(),
@@ -395,7 +394,7 @@ fn unmask(
             }
             _ => value,
         };
-        check_forwarded(&name, &value).map_err(|detail| Invalid::new(&pointer, detail))?;
+        model::check_forwarded(&name, &value).map_err(|detail| Invalid::new(&pointer, detail))?;
         if result.insert(name, value).is_some() {
             return Err(spelled_twice(pointer).into());
         }

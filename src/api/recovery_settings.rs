@@ -11,7 +11,6 @@ use crate::model::{
     Recovery, RetryStatuses, Rule,
 };
 
-use super::body::pointer_to;
 use super::lasting::Lasting;
 use super::problem::Problem;
 use super::queue_settings::spelled_twice;
@@ -384,7 +383,7 @@ impl RuleBody {
         let kinds = kinds.collect::<Result<Vec<_>, _>>();
         let mut header = BTreeMap::new();
         for (name, value) in matches.header {
-            let pointer = pointer_to("/match/header", &name);
+            let pointer = Invalid::pointer("/match/header", &name);
             if header.insert(name.to_ascii_lowercase(), value).is_some() {
                 return Err(spelled_twice(pointer));
             }

@@ -16,7 +16,7 @@ use crate::model::{Idempotency, Invalid, NewMessage, QueueName, QueueSettings};
 use crate::store::{Enqueue, EnqueueOutcome, Enqueued, Precondition, PutQueue, Receipt, Refusal};
 
 use super::body::{Path, Query, json, media_type, read};
-use super::envelope::{self, Envelope, Trace};
+use super::envelope::{self, EnvelopeBody, Trace};
 use super::problem::{self, Problem, ProblemBody};
 use super::{Doors, RequestId};
 
@@ -43,7 +43,7 @@ pub(super) struct ReceiptBody {
 #[serde(deny_unknown_fields)]
 struct BatchBody {
     /// At most 10,000.
-    #[schema(value_type = Vec<Envelope>)]
+    #[schema(value_type = Vec<EnvelopeBody>)]
     messages: Vec<Box<RawValue>>,
     /// All or none.
     #[serde(default)]
@@ -97,7 +97,7 @@ struct BatchQuery {
         ("Idempotency-Key" = Option<String>, Header, description = "Quoted or bare, at most 255 characters")),
     request_body(content(
         (String = "application/octet-stream"),
-        (Envelope = "application/vnd.pumphouse.message+json"))),
+        (EnvelopeBody = "application/vnd.pumphouse.message+json"))),
     responses(
         (status = 201, description = "Committed", body = ReceiptBody),
         (status = 200, description = "The same request came before; this was its answer", body = ReceiptBody)))]
@@ -295,7 +295,7 @@ fn one_envelope(
     body: &Bytes,
 ) -> Result<NewMessage, Problem> {
     no_options(headers)?;
-    let (mut message, own) = json::<Envelope>(body)?.into_message(queue)?;
+    let (mut message, own) = envelope::from_envelope(queue, json(body)?)?;
     Trace::of(headers).put_into(&mut message);
     let header = envelope::key_of(headers)?;
     if header.is_some() && own.is_some() && header != own {
@@ -309,7 +309,7 @@ fn one_envelope(
 }
 
 fn item_message(queue: &QueueName, item: &Bytes, limit: usize) -> Result<NewMessage, Problem> {
-    let (mut message, own) = json::<Envelope>(item)?.into_message(queue)?;
+    let (mut message, own) = envelope::from_envelope(queue, json(item)?)?;
     if message.body.len() > limit {
         let detail = format!("a payload has at most {limit} bytes");
         return Err(Problem::new(problem::TOO_LARGE, detail));

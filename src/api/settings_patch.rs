@@ -4,7 +4,6 @@ use serde_json::Value;
 
 use crate::model::{Invalid, QueueSettings};
 
-use super::body::pointer_to;
 use super::problem::{self, Problem};
 use super::queue_settings::{SettingsBody, spelled_twice};
 
@@ -54,7 +53,7 @@ fn lower_case_names(headers: &mut Value) -> Result<(), Invalid> {
     let Value::Object(members) = headers else { return Ok(()) };
     for (name, value) in std::mem::take(members) {
         if members.insert(name.to_ascii_lowercase(), value).is_some() {
-            return Err(spelled_twice(pointer_to("/handler/headers", &name)));
+            return Err(spelled_twice(Invalid::pointer("/handler/headers", &name)));
         }
     }
     Ok(())

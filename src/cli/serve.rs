@@ -72,7 +72,11 @@ async fn serve(
     closing: &CancellationToken,
 ) -> Result<()> {
     let begin = patiently(stop, "start the pump", async || {
-        Pumphouse::builder(Arc::clone(store)).replica(config.replica.clone()).start().await
+        Pumphouse::builder(Arc::clone(store))
+            .replica(config.replica.clone())
+            .answer_max(config.body_limit)
+            .start()
+            .await
     });
     let Some(pump) = begin.await.context("cannot start the pump")? else { return Ok(()) };
 

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, RETRY_AFTER};
+use http::header::{CONTENT_LENGTH, HOST, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -22,11 +22,19 @@ use crate::model::{
 use crate::telemetry::traces;
 
 use super::connections::{Connections, Connector, NoAnswer};
+use super::sent::{self, Carries};
 use super::{Delivery, Handler, chain, retry_after};
 
 /// A handler that posts each message to an endpoint.
-pub fn http_handler(connector: Connector, to: &HttpHandler, clock: Arc<dyn Clock>) -> Handler {
-    let endpoint = Endpoint::new(connector, to).map(Arc::new);
+///
+/// Of an answer that carries messages at most `answer_max` bytes are read.
+pub fn http_handler(
+    connector: Connector,
+    to: &HttpHandler,
+    clock: Arc<dyn Clock>,
+    answer_max: usize,
+) -> Handler {
+    let endpoint = Endpoint::new(connector, to, answer_max).map(Arc::new);
     Handler::new(service_fn(move |delivery: Delivery| {
         let (endpoint, clock) = (endpoint.clone(), Arc::clone(&clock));
         async move {
@@ -46,11 +54,13 @@ struct Endpoint {
     host: HeaderValue,
     /// The queue's own headers.
     headers: HeaderMap,
+    /// How much is read of an answer that carries messages.
+    answer_max: usize,
 }
 
 impl Endpoint {
     /// `None` for a URL without a host, which no queue can be given.
-    fn new(connector: Connector, to: &HttpHandler) -> Option<Self> {
+    fn new(connector: Connector, to: &HttpHandler, answer_max: usize) -> Option<Self> {
         let uri = to.url.as_str().parse::<Uri>().ok()?;
         let target = uri.path_and_query().cloned().map_or(Uri::from_static("/"), Uri::from);
         let host = HeaderValue::try_from(uri.authority()?.as_str()).ok()?;
@@ -58,25 +68,30 @@ impl Endpoint {
         for (name, value) in &to.headers {
             put(&mut headers, name, value);
         }
-        Some(Self { connections: Connections::new(connector, uri), target, host, headers })
+        let connections = Connections::new(connector, uri);
+        Some(Self { connections, target, host, headers, answer_max })
     }
 
     async fn post(&self, clock: &dyn Clock, delivery: Delivery) -> Result<Answer, Failure> {
         let request = self.request(delivery, clock.now());
         let (response, connection) = self.connections.send(request).await.map_err(unanswered)?;
         let (parts, body) = response.into_parts();
-        let (excerpt, whole) = read(body).await?;
-        if whole {
+        let carries = Carries::of(&parts.headers);
+        let most = if carries == Carries::Messages { self.answer_max } else { ANSWER_READ_MAX };
+        let keep = if carries == Carries::Messages { most } else { ANSWER_KEPT };
+        let body = read(body, keep, most).await?;
+        if body.is_whole {
             connection.keep();
         }
-        meaning(&Response::from_parts(parts, ()), excerpt, clock.now())
+        meaning(&Response::from_parts(parts, ()), &body, carries, clock.now())
     }
 
     /// The request for a delivery. Options of the message come first, then the queue's own headers, then
     /// ours, so that nobody outside can put on a name that a handler trusts.
     fn request(&self, delivery: Delivery, now: Timestamp) -> Request<Full<Bytes>> {
         let mut headers = HeaderMap::with_capacity(24);
-        let Delivery { message: Message { head, body }, attempt, max_attempts, replica } = delivery;
+        let Delivery { message: Message { head, body }, attempt, max_attempts, replica, .. } =
+            delivery;
         headers.insert(HOST, self.host.clone());
         for (name, value) in &head.details.headers {
             put(&mut headers, name, value);
@@ -149,26 +164,39 @@ fn put_as(headers: &mut HeaderMap, name: HeaderName, value: &str) {
     }
 }
 
-/// Reads the answer: whole if it is short, so that the connection can be used again; else its beginning. Says
-/// whether it is whole.
-async fn read(mut body: Incoming) -> Result<(Bytes, bool), Failure> {
+/// What was read of an answer's body.
+struct Body {
+    kept: Bytes,
+    is_whole: bool,
+}
+
+/// Reads the answer, at most so much: whole if it is short, so that the connection can be used again; else its
+/// beginning.
+async fn read(mut body: Incoming, keep: usize, most: usize) -> Result<Body, Failure> {
     let mut kept = BytesMut::new();
     let mut seen = 0;
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|error| broken(&error))?;
         let Some(data) = frame.data_ref() else { continue };
-        kept.extend_from_slice(&data[..data.len().min(ANSWER_KEPT - kept.len())]);
+        kept.extend_from_slice(&data[..data.len().min(keep - kept.len())]);
         seen += data.len();
-        if seen > ANSWER_READ_MAX {
-            return Ok((kept.freeze(), false));
+        if seen > most {
+            return Ok(Body { kept: kept.freeze(), is_whole: false });
         }
     }
-    Ok((kept.freeze(), true))
+    Ok(Body { kept: kept.freeze(), is_whole: true })
 }
 
 /// What an answer means: a verdict, or a failure for the queue's recovery.
-fn meaning(answer: &Response<()>, excerpt: Bytes, now: Timestamp) -> Result<Answer, Failure> {
+fn meaning(
+    answer: &Response<()>,
+    body: &Body,
+    carries: Carries,
+    now: Timestamp,
+) -> Result<Answer, Failure> {
+    let excerpt = body.kept.slice(..body.kept.len().min(ANSWER_KEPT));
     let status = answer.status();
+    let at = now;
     let now = UNIX_EPOCH + Duration::from_secs(now.as_second().try_into().unwrap_or(0));
     let retry_after = answer.headers().get(RETRY_AFTER).and_then(|value| value.to_str().ok());
     let retry_after = retry_after.and_then(|value| retry_after::parse(value, now));
@@ -180,10 +208,6 @@ fn meaning(answer: &Response<()>, excerpt: Bytes, now: Timestamp) -> Result<Answ
         ..Failure::new(kind, detail)
     };
     let verdict = match answer.headers().get("pumphouse-verdict").map(HeaderValue::as_bytes) {
-        None | Some(b"ack") if carries_messages(answer.headers()) => {
-            let detail = "the answer carries messages, which this version cannot send";
-            return Err(failure(ErrorKind::Malformed, detail.to_owned()));
-        }
         Some(b"ack") => Verdict::Ack,
         Some(b"retry") => Verdict::Retry { after: retry_after },
         Some(b"dead_letter") => Verdict::DeadLetter { reason: said("dead_letter", status) },
@@ -201,7 +225,22 @@ fn meaning(answer: &Response<()>, excerpt: Bytes, now: Timestamp) -> Result<Answ
             ));
         }
     };
-    Ok(Answer { verdict, status: Some(status.as_u16()), excerpt })
+    let sent = match (&verdict, carries) {
+        (Verdict::Ack, Carries::Messages) if !body.is_whole => {
+            let detail = "an answer that carries messages is not longer than the body limit";
+            return Err(failure(ErrorKind::TooLarge, detail.to_owned()));
+        }
+        (Verdict::Ack, Carries::Messages) => {
+            sent::read(&body.kept, at).map_err(|detail| failure(ErrorKind::Malformed, detail))?
+        }
+        (Verdict::Ack, Carries::Events) => {
+            let detail = "the answer carries CloudEvents, which this version cannot send";
+            return Err(failure(ErrorKind::Malformed, detail.to_owned()));
+        }
+        // Nothing is sent without an ack.
+        (_, _) => Vec::new(),
+    };
+    Ok(Answer { verdict, status: Some(status.as_u16()), excerpt, sent })
 }
 
 /// The headers of an answer that a rule can ask for.
@@ -214,16 +253,6 @@ fn kept(headers: &HeaderMap) -> BTreeMap<String, String> {
 
 fn said(verdict: &str, status: StatusCode) -> String {
     format!("the handler said {verdict} with status {}", status.as_u16())
-}
-
-/// Whether the answer asks to send messages. Refused rather than overlooked: an ack would lose them.
-fn carries_messages(headers: &HeaderMap) -> bool {
-    let content_type =
-        headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok()).unwrap_or("");
-    let media_type = content_type.split(';').next().unwrap_or("").trim().to_ascii_lowercase();
-    let carrying =
-        ["application/vnd.pumphouse.messages+json", "application/cloudevents-batch+json"];
-    carrying.contains(&media_type.as_str())
 }
 
 /// No answer at all: tells apart why.

@@ -8,14 +8,16 @@ mod steps;
 mod connections;
 mod http;
 mod retry_after;
+mod sent;
 mod builtin;
 
 use std::fmt;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tower::util::BoxCloneSyncService;
 use tower::{Service, ServiceExt};
 
-use crate::model::{Answer, ErrorKind, Failure, Message, ReplicaName, Verdict};
+use crate::model::{Answer, ErrorKind, Failure, Message, NewMessage, ReplicaName, Verdict};
 
 pub use builtin::builtin;
 pub use connections::{Connector, connector};
@@ -33,6 +35,35 @@ pub struct Delivery {
     pub max_attempts: u32,
     /// Which process delivers it.
     pub replica: ReplicaName,
+    /// What is to leave together with the ack.
+    pub outbox: Outbox,
+}
+
+/// What a handler sends: it leaves in the transaction that acks the message, or not at all. Clones share it.
+#[derive(Debug, Clone, Default)]
+pub struct Outbox(Arc<Mutex<Vec<NewMessage>>>);
+
+impl Outbox {
+    /// Puts a message in. Its id, its cause and, where it names none, its conversation follow from the message that
+    /// is handled. A queue that does not exist, or is full, makes this delivery a failed one.
+    pub fn send(&self, message: NewMessage) {
+        self.lock().push(message);
+    }
+
+    fn take(&self) -> Vec<NewMessage> {
+        std::mem::take(&mut *self.lock())
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Vec<NewMessage>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Delivery {
+    /// Sends a message together with the ack of this one; see [`Outbox::send`].
+    pub fn send(&self, message: NewMessage) {
+        self.outbox.send(message);
+    }
 }
 
 impl fmt::Debug for Delivery {
@@ -80,10 +111,18 @@ where
     S::Future: Send + 'static,
     E: Into<BoxError>,
 {
-    let service = service
-        .map_response(|answer: S::Response| Answer::from(answer.into_verdict()))
-        .map_err(|error: E| Failure::new(ErrorKind::Handler, chain(&*error.into())));
-    Handler::new(service)
+    let answered = move |delivery: Delivery| {
+        let (outbox, service) = (delivery.outbox.clone(), service.clone());
+        async move {
+            match service.oneshot(delivery).await {
+                Ok(answer) => {
+                    Ok(Answer { sent: outbox.take(), ..Answer::from(answer.into_verdict()) })
+                }
+                Err(error) => Err(Failure::new(ErrorKind::Handler, chain(&*error.into()))),
+            }
+        }
+    };
+    Handler::new(tower::service_fn(answered))
 }
 
 /// An error and its causes in one line.

@@ -18,6 +18,11 @@ impl Invalid {
         Self { pointer: pointer.into(), detail: detail.into() }
     }
 
+    /// The JSON pointer to a member of what `pointer` points at.
+    pub fn pointer(pointer: &str, member: &str) -> String {
+        format!("{pointer}/{}", member.replace('~', "~0").replace('/', "~1"))
+    }
+
     /// The same error, seen from one level further out: `/delay` becomes `/messages/1/delay`.
     #[must_use]
     pub fn under(self, prefix: &str) -> Self {

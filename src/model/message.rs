@@ -33,6 +33,24 @@ impl MessageId {
         Self(Uuid::now_v7())
     }
 
+    /// The id of what is sent at this position while the message `parent` is handled: always the same, and nobody
+    /// else's. It sorts beside its parent.
+    pub fn child(parent: Self, position: usize) -> Self {
+        let mut hash = Sha256::new();
+        hash.update(b"pumphouse: sent while handled");
+        hash.update(parent.0.as_bytes());
+        hash.update((position as u64).to_be_bytes());
+        let digest: [u8; 32] = hash.finalize().into();
+        let mut bytes = [0; 16];
+        bytes[..6].copy_from_slice(&parent.0.as_bytes()[..6]); // the time of a version 7
+        bytes[6..].copy_from_slice(&digest[..10]);
+        Self(
+            uuid::Builder::from_custom_bytes(bytes)
+                .with_version(uuid::Version::SortRand)
+                .into_uuid(),
+        )
+    }
+
     /// Reads an id as the API writes it.
     pub fn parse(text: &str) -> Result<Self, Invalid> {
         let wrong = |_| Invalid::new("id", "a message id is a UUID");
@@ -73,7 +91,7 @@ pub enum When {
 /// A message on its way in: what the sender said, checked.
 ///
 /// Its id is chosen before it is stored, so that a handler's repeat can collapse onto the first one.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NewMessage {
     /// Its name from now on.
     pub id: MessageId,

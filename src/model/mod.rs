@@ -15,17 +15,21 @@ mod invalid;
 mod span;
 mod message;
 mod lifecycle;
+mod lineage;
 mod lease;
 mod outcome;
 mod possible;
 mod rules;
+mod envelope;
 mod guard;
 mod queue;
 
+pub use envelope::{Envelope, Form, check_forwarded, check_key, check_text, moment, priority};
 pub use guard::{Breaker, BreakerSettings, Guard, GuardChange, Hold};
 pub use invalid::Invalid;
 pub use lease::{Lease, Leased, Token};
 pub use lifecycle::{State, may_move};
+pub use lineage::children;
 pub use message::{
     DELAY_MAX, Details, Head, IDEMPOTENCY_KEY_MAX, Idempotency, Message, MessageId, NewMessage,
     PRIORITY_MAX, PRIORITY_MIN, Record, TEXT_MAX, Tries, When,

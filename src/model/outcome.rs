@@ -8,7 +8,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::{Invalid, QueueName, ReplicaName};
+use super::{Invalid, NewMessage, QueueName, ReplicaName};
 
 /// How much of a handler's answer is kept with its delivery: the first 4 KiB.
 pub const ANSWER_KEPT: usize = 4096;
@@ -47,11 +47,13 @@ pub struct Answer {
     pub status: Option<u16>,
     /// The first [`ANSWER_KEPT`] bytes of what it said.
     pub excerpt: Bytes,
+    /// What it wants to be sent: together with the ack, or not at all.
+    pub sent: Vec<NewMessage>,
 }
 
 impl From<Verdict> for Answer {
     fn from(verdict: Verdict) -> Self {
-        Self { verdict, status: None, excerpt: Bytes::new() }
+        Self { verdict, status: None, excerpt: Bytes::new(), sent: Vec::new() }
     }
 }
 

@@ -142,7 +142,7 @@ proptest! {
             prop_assert!(age < recovery.max_age);
         }
         let verdict = Verdict::Retry { after: failure.retry_after };
-        let answer = Answer { verdict, status: failure.status, excerpt: Default::default() };
+        let answer = Answer { status: failure.status, ..Answer::from(verdict) };
         let decision = after_verdict(&recovery, &answer, tries, age, chance);
         if let Settlement::Retry { after } = decision.settlement {
             prop_assert!(tries.failures.saturating_add(1) < recovery.max_attempts);

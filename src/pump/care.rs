@@ -89,7 +89,7 @@ impl QueuePump {
         round.count_released();
         let settlement = Settlement::Postpone { after: WAIT.mul_f64(1.0 + self.clock.chance()) };
         let settle = Settle { lease: leased.lease, settlement, delivery: None, sent: Vec::new() };
-        self.settle(settle, &round).await;
+        let _nothing_was_sent = self.settle(settle, &round).await;
     }
 }
 

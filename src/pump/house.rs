@@ -41,6 +41,7 @@ pub struct Builder {
     replica: Option<ReplicaName>,
     clock: Arc<dyn Clock>,
     queues: Vec<Queue>,
+    answer_max: usize,
 }
 
 /// How to stop, and what to say of it.
@@ -114,6 +115,7 @@ pub(super) struct House {
     pub(super) revision: AtomicI64,
     pub(super) clock: Arc<dyn Clock>,
     pub(super) connector: Connector,
+    pub(super) answer_max: usize,
     /// Handlers in this program, by queue.
     pub(super) services: HashMap<QueueName, Handler>,
     pub(super) ceiling: Arc<Ceiling>,
@@ -151,7 +153,13 @@ impl Known {
 impl Pumphouse {
     /// A pump over this store, to be set up.
     pub fn builder(store: Arc<dyn Store>) -> Builder {
-        Builder { store, replica: None, clock: Arc::new(SystemClock), queues: Vec::new() }
+        Builder {
+            store,
+            replica: None,
+            clock: Arc::new(SystemClock),
+            queues: Vec::new(),
+            answer_max: 1 << 20,
+        }
     }
 
     /// The store below.
@@ -295,6 +303,13 @@ impl Builder {
         self
     }
 
+    /// How many bytes of an HTTP handler's answer are read that carries messages; 1 MiB without it.
+    #[must_use]
+    pub fn answer_max(mut self, bytes: usize) -> Self {
+        self.answer_max = bytes;
+        self
+    }
+
     /// A queue whose handler is in this program. Made at the start if there is none; if there is one, its
     /// stored settings stay, but for the handler.
     #[must_use]
@@ -327,6 +342,7 @@ impl Builder {
             revision: AtomicI64::new(0),
             clock: self.clock,
             connector: deliver::connector(),
+            answer_max: self.answer_max,
             services: self.queues.into_iter().map(|queue| (queue.name, queue.handler)).collect(),
             ceiling: Ceiling::new(CEILING_DEFAULT),
             care: Arc::default(),

@@ -282,7 +282,8 @@ impl House {
     ) -> Setup {
         let handler = match &settings.handler {
             model::Handler::Http(http) => {
-                Some(deliver::http_handler(self.connector.clone(), http, Arc::clone(&self.clock)))
+                let (connector, clock) = (self.connector.clone(), Arc::clone(&self.clock));
+                Some(deliver::http_handler(connector, http, clock, self.answer_max))
             }
             model::Handler::Builtin { name } => Some(deliver::builtin(*name)),
             model::Handler::Service => self.services.get(name).cloned(),

@@ -32,10 +32,10 @@ use tokio::sync::{Semaphore, mpsc};
 use tower::ServiceExt;
 
 use crate::clock::Clock;
-use crate::deliver::{Delivery, Handler};
+use crate::deliver::{Delivery, Handler, Outbox};
 use crate::model::{
-    Answer, DeliveryRecord, ErrorKind, Failure, Leased, Outcome, QueueName, QueueSettings,
-    ReplicaName, Settlement,
+    Answer, DeliveryRecord, ErrorKind, Failure, Lease, Leased, NewMessage, Outcome, QueueName,
+    QueueSettings, ReplicaName, Settlement, Tries, children,
 };
 use crate::policy::{self, Decision};
 use crate::store::{Settle, Store, target_gone};
@@ -90,6 +90,18 @@ struct Setup {
     settings: QueueSettings,
     /// The handler with every step around it; `None` where nobody in this process handles the queue.
     handler: Option<Handler>,
+}
+
+/// A delivery that has ended.
+#[derive(Debug, Clone, Copy)]
+struct Attempt {
+    tries: Tries,
+    started_at: Timestamp,
+    took: Duration,
+    /// How old the message is.
+    age: Duration,
+    /// The step of a half-open breaker in which it was made.
+    step: Option<Step>,
 }
 
 /// A place behind the queue's gate, one behind the ceiling, and one among those that are approached with care;
@@ -162,11 +174,18 @@ impl QueuePump {
         let outcome = self.deliver(&leased, &setup, &round).await;
         let took = started.0.elapsed();
         let was_cut = matches!(&outcome, Err(failure) if failure.kind == ErrorKind::Cancelled);
-        let decision = self.judge(&leased, &setup, took, &outcome, step);
+        // Two readings of the database's clock and one span of ours, because ours may be wrong.
+        let age = since(leased.message.head.enqueued_at, leased.leased_at) + took;
+        let attempt = Attempt { tries: leased.tries, started_at: started.1, took, age, step };
+        let decision = self.judge(&attempt, &setup, &outcome);
         self.learn_pace(took, &outcome, &setup.settings);
         let telling = self.heed(&outcome, &decision, &setup.settings, step);
         learn(&self.usual, u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1));
-        let Leased { lease, message, tries, .. } = leased;
+        let Leased { lease, message, .. } = leased;
+        let sent = match &outcome {
+            Ok(answer) => children(&message.head, answer.sent.clone()), // shares the payloads' bytes
+            Err(_) => Vec::new(),
+        };
         drop(message);
         // The handler is done with it: the next one may start while this one is being written, as long as
         // not too many wait for that.
@@ -174,18 +193,51 @@ impl QueuePump {
         drop(slots);
         round.count_ended(was_cut);
 
-        if let Some(reason) = decision.stop_queue {
-            // First, or a message that goes on to wait would be leased again at once.
-            self.stop_for(reason, &round).await;
-        }
-        let settlement = self.with_a_target(decision.settlement, &round).await;
-        let record = self.record(tries.attempts, (started.1, took), &settlement, &outcome);
-        let settle = Settle { lease, settlement, delivery: Some(record), sent: Vec::new() };
-        let settled = self.settle(settle, &round);
+        let settled = self.write(&attempt, lease, decision, &outcome, sent, &setup, &round);
         match telling {
             Some(telling) => drop(tokio::join!(settled, self.tell_guard(telling, &round))),
             None => settled.await,
         }
+    }
+
+    /// Writes what was decided, and what the handler sent. Where that is refused (a queue that is not there, or is
+    /// full), the delivery has failed.
+    async fn write(
+        &self,
+        attempt: &Attempt,
+        lease: Lease,
+        decision: Decision,
+        outcome: &Result<Answer, Failure>,
+        sent: Vec<NewMessage>,
+        setup: &Setup,
+        round: &Round,
+    ) {
+        let settle = self.settlement(attempt, lease.clone(), decision, outcome, sent, round).await;
+        let Some(what) = self.settle(settle, round).await else { return };
+        let status = outcome.as_ref().ok().and_then(|answer| answer.status);
+        let failed = Err(Failure { status, ..Failure::new(ErrorKind::Malformed, what) });
+        let decision = self.judge(attempt, setup, &failed);
+        let settle = self.settlement(attempt, lease, decision, &failed, Vec::new(), round).await;
+        let _nothing_was_sent = self.settle(settle, round).await;
+    }
+
+    async fn settlement(
+        &self,
+        attempt: &Attempt,
+        lease: Lease,
+        decision: Decision,
+        outcome: &Result<Answer, Failure>,
+        sent: Vec<NewMessage>,
+        round: &Round,
+    ) -> Settle {
+        if let Some(reason) = decision.stop_queue {
+            // First, or a message that goes on to wait would be leased again at once.
+            self.stop_for(reason, round).await;
+        }
+        let settlement = self.with_a_target(decision.settlement, round).await;
+        let record = self.record(attempt, &settlement, outcome);
+        let sent = if settlement == Settlement::Ack { sent } else { Vec::new() };
+        Settle { lease, settlement, delivery: Some(record), sent }
     }
 
     /// Waits for a place behind both gates, as long as enough of the lease is left for the delivery to end and
@@ -249,6 +301,7 @@ impl QueuePump {
             attempt: leased.tries.attempts,
             max_attempts: setup.settings.recovery.max_attempts,
             replica: self.replica.clone(),
+            outbox: Outbox::default(),
         };
         let cut = round.cut.run_until_cancelled(handler.oneshot(delivery)).await;
         cut.unwrap_or_else(|| Err(Failure::new(ErrorKind::Cancelled, "the pump was stopped")))
@@ -256,16 +309,13 @@ impl QueuePump {
 
     fn judge(
         &self,
-        leased: &Leased,
+        attempt: &Attempt,
         setup: &Setup,
-        took: Duration,
         outcome: &Result<Answer, Failure>,
-        step: Option<Step>,
     ) -> Decision {
+        let Attempt { tries, age, step, .. } = *attempt;
         let recovery = &setup.settings.recovery;
-        // Two readings of the database's clock and one span of ours, because ours may be wrong.
-        let age = since(leased.message.head.enqueued_at, leased.leased_at) + took;
-        let (tries, chance) = (leased.tries, self.clock.chance());
+        let chance = self.clock.chance();
         match (outcome, step.zip(setup.settings.breaker.as_ref())) {
             (Ok(answer), _) => policy::after_verdict(recovery, answer, tries, age, chance),
             (Err(failure), Some((step, breaker))) => {
@@ -288,8 +338,7 @@ impl QueuePump {
 
     fn record(
         &self,
-        number: u32,
-        (started_at, duration): (Timestamp, Duration),
+        attempt: &Attempt,
         settlement: &Settlement,
         outcome: &Result<Answer, Failure>,
     ) -> DeliveryRecord {
@@ -298,10 +347,10 @@ impl QueuePump {
             Err(failure) => (failure.status, failure.excerpt.clone(), Some(failure)),
         };
         DeliveryRecord {
-            number,
+            number: attempt.tries.attempts,
             replica: self.replica.clone(),
-            started_at,
-            duration,
+            started_at: attempt.started_at,
+            duration: attempt.took,
             outcome: Outcome::from(settlement),
             status,
             error_kind: failure.map(|failure| failure.kind),

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::model::{Leased, Outcome, RunState, Settlement, Stopped};
-use crate::store::{Settle, Settled};
+use crate::store::{self, Settle, Settled};
 
 use super::QueuePump;
 use super::round::Round;
@@ -12,26 +12,35 @@ use super::round::Round;
 impl QueuePump {
     /// Settles, and counts what was written. Gives up when the lease is over, because then the message
     /// comes back anyway, or shortly after the round was cut.
-    pub(super) async fn settle(&self, settle: Settle, round: &Round) {
+    ///
+    /// Says what was refused of what the handler sent; then nothing was written.
+    pub(super) async fn settle(&self, settle: Settle, round: &Round) -> Option<String> {
         let until = settle.lease.until;
-        if round.within_grace(self.settle_until(settle, until)).await.is_none() {
+        let settled = round.within_grace(self.settle_until(settle, until)).await;
+        if settled.is_none() {
             tracing::warn!(queue = %self.queue, "not settled before the stop; the message comes back");
         }
+        settled.flatten()
     }
 
-    async fn settle_until(&self, settle: Settle, until: Instant) {
+    async fn settle_until(&self, settle: Settle, until: Instant) -> Option<String> {
         let mut pause = PAUSE_MIN;
         let mut first = true;
         loop {
             let message = settle.lease.id;
             match self.store.settle(settle.clone()).await {
-                Ok(Settled::Done { age }) => return self.count(&settle, age),
+                Ok(Settled::Done { age }) => {
+                    self.count(&settle, age);
+                    return None;
+                }
                 // An earlier try may have been written, and only its answer lost.
-                Ok(Settled::LeaseLost) if !first && self.count_if_written(&settle).await => return,
+                Ok(Settled::LeaseLost) if !first && self.count_if_written(&settle).await => {
+                    return None;
+                }
                 Ok(Settled::LeaseLost) => {
                     self.meters.leases_lost.increment(1);
                     tracing::info!(queue = %self.queue, %message, "lease lost; the message comes back");
-                    return;
+                    return None;
                 }
                 Err(error) if error.is_transient() && Instant::now() + pause < until => {
                     tracing::warn!(queue = %self.queue, %message, error = &error as &dyn std::error::Error, "cannot settle; trying again");
@@ -39,9 +48,10 @@ impl QueuePump {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(PAUSE_MAX);
                 }
+                Err(store::Error::Refused { what }) => return Some(what),
                 Err(error) => {
                     tracing::error!(queue = %self.queue, %message, error = &error as &dyn std::error::Error, "not settled; the message comes back");
-                    return;
+                    return None;
                 }
             }
         }
@@ -90,7 +100,7 @@ impl QueuePump {
         round.count_released();
         let settlement = Settlement::Release;
         let settle = Settle { lease: leased.lease, settlement, delivery: None, sent: Vec::new() };
-        self.settle(settle, &round).await;
+        let _nothing_was_sent = self.settle(settle, &round).await;
     }
 
     /// Stops this queue on every replica, because its handler or a rule asked for it: here at once, on the others

@@ -6,6 +6,7 @@
 mod sending;
 mod batches;
 mod repeats;
+mod answers;
 mod bad_input;
 mod strangers;
 mod reading;

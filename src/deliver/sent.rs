@@ -1,0 +1,134 @@
+//! The messages in a handler's answer, which leave together with its ack.
+
+use http::HeaderMap;
+use http::header::CONTENT_TYPE;
+use jiff::Timestamp;
+use serde::Deserialize;
+use serde_json::value::RawValue;
+use sha2::{Digest, Sha256};
+
+use crate::model::{Envelope, Idempotency, Invalid, NewMessage, QueueName};
+
+/// The media type of an answer that carries messages.
+const CARRIES: &str = "application/vnd.pumphouse.messages+json";
+/// One that asks for the same in a way that this version does not know: refused rather than overlooked.
+const EVENTS: &str = "application/cloudevents-batch+json";
+/// How many messages an answer carries at most.
+const SENT_MAX: usize = 1000;
+
+/// What an answer's media type says of its body.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Carries {
+    /// Something for people.
+    Nothing,
+    Messages,
+    Events,
+}
+
+impl Carries {
+    pub(super) fn of(headers: &HeaderMap) -> Self {
+        let content_type = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let media_type = content_type.unwrap_or("").split(';').next().unwrap_or("").trim();
+        match media_type.to_ascii_lowercase().as_str() {
+            CARRIES => Self::Messages,
+            EVENTS => Self::Events,
+            _ => Self::Nothing,
+        }
+    }
+}
+
+/// An answer's body: `{"messages": [{"queue": "…", …envelope}]}`.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Body {
+    messages: Vec<Box<RawValue>>,
+}
+
+/// Reads the messages. **Fails** with what is wrong, in a sentence without anything of the body.
+pub(super) fn read(body: &[u8], now: Timestamp) -> Result<Vec<NewMessage>, String> {
+    let body = serde_json::from_slice::<Body>(body)
+        .map_err(|error| format!("the answer carries no messages: {}", place(&error)))?;
+    if body.messages.len() > SENT_MAX {
+        return Err(format!("an answer carries at most {SENT_MAX} messages"));
+    }
+    let one = |(number, raw): (usize, &Box<RawValue>)| {
+        message(raw, now).map_err(|detail| format!("/messages/{number}{detail}"))
+    };
+    body.messages.iter().enumerate().map(one).collect()
+}
+
+fn message(raw: &RawValue, now: Timestamp) -> Result<NewMessage, String> {
+    let envelope = serde_json::from_str::<Envelope>(raw.get())
+        .map_err(|error| format!(" is no envelope: {}", place(&error)))?;
+    let Some(queue) = envelope.queue.as_deref() else {
+        return Err("/queue: a message that is sent names its queue".to_owned());
+    };
+    let queue = QueueName::parse(queue).map_err(|wrong| format!("/queue: {}", wrong.detail))?;
+    let (mut message, key) = envelope.into_message(&queue, now).map_err(|wrong| first(&wrong))?;
+    if let Some(key) = key {
+        let fingerprint = Sha256::digest(raw.get()).into();
+        message.keys.push(Idempotency::new("message", &key, fingerprint));
+    }
+    Ok(message)
+}
+
+fn first(wrong: &[Invalid]) -> String {
+    wrong.first().map(Invalid::to_string).unwrap_or_default()
+}
+
+/// Where an error is, without what stands there.
+fn place(error: &serde_json::Error) -> String {
+    let what = if error.is_data() {
+        "a member is missing, unknown or of the wrong type"
+    } else {
+        "this is not JSON"
+    };
+    format!("{what}, line {} column {}", error.line(), error.column())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(body: &str) -> Result<Vec<NewMessage>, String> {
+        super::read(body.as_bytes(), Timestamp::UNIX_EPOCH)
+    }
+
+    #[test]
+    fn messages_are_read_in_order() {
+        let sent = read(r#"{"messages": [{"queue": "a", "payload": {"n": 1}, "type": "t"}, {"queue": "b", "payload_base64": "eA=="}]}"#).unwrap();
+        let seen = sent.iter().map(|it| (it.queue.as_str(), &it.body[..])).collect::<Vec<_>>();
+        assert_eq!(seen, [("a", &br#"{"n": 1}"#[..]), ("b", &b"x"[..])]);
+        assert_eq!(sent[0].kind.as_deref(), Some("t"));
+        assert_eq!(read(r#"{"messages": []}"#).unwrap(), []);
+    }
+
+    #[test]
+    fn what_is_wrong_is_named_and_nothing_of_the_body_is_told() {
+        for (body, names) in [
+            ("secret", "not JSON"),
+            ("{}", "member"),
+            (r#"{"messages": "secret"}"#, "member"),
+            (r#"{"messages": [{"payload": 1}]}"#, "/messages/0/queue"),
+            (
+                r#"{"messages": [{"queue": "a", "payload": 1}, {"queue": "NO", "payload": "secret"}]}"#,
+                "/messages/1/queue",
+            ),
+            (r#"{"messages": [{"queue": "a"}]}"#, "/messages/0/payload"),
+            (r#"{"messages": [{"queue": "a", "payload": 1, "delay": "secret"}]}"#, "/messages/0"),
+            (
+                r#"{"messages": [{"queue": "a", "payload": 1, "priority": 101}]}"#,
+                "/messages/0/priority",
+            ),
+            (r#"{"messages": [{"queue": "a", "payload": 1, "secret": 1}]}"#, "/messages/0"),
+        ] {
+            let wrong = read(body).unwrap_err();
+            assert!(wrong.contains(names) && !wrong.contains("secret"), "{body}: {wrong}");
+        }
+        let many = format!(
+            r#"{{"messages": [{}]}}"#,
+            vec![r#"{"queue":"a","payload":1}"#; SENT_MAX + 1].join(",")
+        );
+        assert!(read(&many).is_err());
+    }
+}
