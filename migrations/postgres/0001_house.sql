@@ -5,7 +5,7 @@
 -- A message that can still be delivered has one token: a row in ready, scheduled or lease. Where the
 -- token lies is the message's state, so that a step of its life moves one narrow row.
 --
--- Runs on PostgreSQL 10 to 17.
+-- Runs on PostgreSQL 11 to 17.
 
 -- The database's clock. It moves on within a transaction.
 create function now_micros() returns bigint
@@ -25,7 +25,8 @@ create table queue (
     dedup_window bigint not null,
     retention_completed bigint not null,
     retention_dead bigint not null,
-    dead_on_expiry boolean not null
+    dead_on_expiry boolean not null,
+    group_blocks boolean not null
 );
 
 -- Deleted queues of which something is left to be swept.
@@ -45,7 +46,8 @@ create table pump (
 -- What changes in a message's life, kept narrow. The state is 0 as long as the message can be delivered,
 -- and one of those that end it after that. No index is over what changes, and each page is filled to less
 -- than a half, so that there is room for the change of every message on it: a change that stays on its page
--- touches no index. The rank is the priority with its sign turned, so that the order of lease is ascending.
+-- touches no index. The rank is the priority with its sign turned, so that the order of lease is ascending. The
+-- group and the lane (of a fairness key, 0 without one) are bits of hashes.
 create sequence message_seq;
 
 create table message (
@@ -56,7 +58,9 @@ create table message (
     due_at bigint not null,
     finished_at bigint,
     size bigint not null,
+    grp bigint,
     queue_id integer not null,
+    lane integer not null,
     attempts integer not null,
     failures integer not null,
     crashes integer not null,
@@ -72,6 +76,7 @@ create table message (
 create unique index message_id on message (id);
 -- Lists of one queue, newest first.
 create index message_listed on message (queue_id, seq);
+create index message_grouped on message (queue_id, grp, seq) where grp is not null;
 
 -- What never changes in a message's life: written once, deleted once.
 create table content (
@@ -86,16 +91,21 @@ create table content (
     autovacuum_vacuum_cost_delay = 0
 );
 
--- Tokens of what can be leased; the primary key is the order of lease. Rank and due time are those of the
--- message.
+create index content_correlation on content (correlation_id, seq) where correlation_id is not null;
+
+-- Tokens of what can be leased; the primary key is the order of lease. Rank, lane and due time are those of the
+-- message. One with a group (grp) stands for no message: it says that the group may have one whose turn it is. Its
+-- number is its own.
 create table ready (
     due_at bigint not null,
     seq bigint not null,
     expires_at bigint,
+    grp bigint,
     queue_id integer not null,
+    lane integer not null,
     rank smallint not null,
     urgent boolean not null,
-    primary key (queue_id, rank, due_at, seq)
+    primary key (queue_id, rank, lane, due_at, seq)
 ) with (
     autovacuum_vacuum_scale_factor = 0,
     autovacuum_vacuum_threshold = 5000,
@@ -104,6 +114,44 @@ create table ready (
 
 create index ready_urgent on ready (queue_id, rank, due_at, seq) where urgent;
 create index ready_expiring on ready (expires_at) where expires_at is not null;
+-- Whether messages take turns, and which of those is due longest.
+create index ready_in_turn on ready (queue_id, due_at) where lane <> 0;
+
+-- Tokens of what waits for its turn in a group, counted as 8, and not as ready. Whoever sends to a group adds to
+-- this and leaves a token for the group in ready, and looks at nothing: so two senders never wait for each other, and
+-- one in a long transaction for nobody.
+create table behind (
+    grp bigint not null,
+    seq bigint not null,
+    due_at bigint not null,
+    expires_at bigint,
+    queue_id integer not null,
+    lane integer not null,
+    primary key (queue_id, grp, seq)
+) with (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 5000,
+    autovacuum_vacuum_cost_delay = 0
+);
+
+create index behind_since on behind (queue_id, due_at);
+create index behind_expiring on behind (expires_at) where expires_at is not null;
+
+-- The message of each group whose turn it is: until it has ended, and longer if it is dead and blocks the others. Only
+-- who claims adds to it, and only who ends a message takes away from it. A claim that meets a group with a head drops
+-- the token and makes the head dirty: then whoever frees the group leaves a token again. See store/postgres/groups.rs.
+create table head (
+    grp bigint not null,
+    seq bigint not null,
+    queue_id integer not null,
+    dirty boolean not null,
+    primary key (grp, queue_id)
+) with (
+    fillfactor = 70,
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 5000,
+    autovacuum_vacuum_cost_delay = 0
+);
 
 -- Tokens of what is due later.
 create table scheduled (
@@ -111,6 +159,7 @@ create table scheduled (
     seq bigint not null,
     expires_at bigint,
     queue_id integer not null,
+    lane integer not null,
     rank smallint not null,
     primary key (due_at, seq)
 ) with (
@@ -179,7 +228,8 @@ create table delivery (
 );
 
 -- Idempotency keys with the answer that was given. Those over a whole batch have no message (seq 0).
--- A key counts until `expires_at`, and longer while its message needs it; `sweep_at` is when to look again.
+-- A key counts until `expires_at`, and longer while its message needs it; `sweep_at` is when to look again. One
+-- with `expires_at` = -1 counts as long as its message can be delivered.
 create table idempotency (
     seq bigint not null,
     enqueued_at bigint not null,
@@ -247,12 +297,43 @@ create function note_departures() returns trigger
         return null;
     end $$;
 
+-- The same for ready, where a token of a group is no message.
+create function note_ready_arrivals() returns trigger
+    language plpgsql
+    as $$
+    begin
+        insert into pumphouse.tally (queue_id, state, n)
+        select queue_id, 0, count(*)
+        from arrived
+        where grp is null
+        group by queue_id;
+        return null;
+    end $$;
+
+create function note_ready_departures() returns trigger
+    language plpgsql
+    as $$
+    begin
+        insert into pumphouse.tally (queue_id, state, n)
+        select queue_id, 0, -count(*)
+        from departed
+        where grp is null
+        group by queue_id;
+        return null;
+    end $$;
+
 create trigger arrivals after insert on ready
     referencing new table as arrived
-    for each statement execute procedure note_arrivals(0);
+    for each statement execute procedure note_ready_arrivals();
 create trigger departures after delete on ready
     referencing old table as departed
-    for each statement execute procedure note_departures(0);
+    for each statement execute procedure note_ready_departures();
+create trigger arrivals after insert on behind
+    referencing new table as arrived
+    for each statement execute procedure note_arrivals(8);
+create trigger departures after delete on behind
+    referencing old table as departed
+    for each statement execute procedure note_departures(8);
 create trigger arrivals after insert on scheduled
     referencing new table as arrived
     for each statement execute procedure note_arrivals(1);
@@ -275,7 +356,8 @@ create trigger departures after delete on dead
 -- Takes messages in that carry no key and are due now, all of them, or none and answers null where one of the
 -- queues has a limit or is not there. The arrays from `places` on have an entry for each message: where the
 -- name of its queue stands in `names`, and what is stored of it; those from `spans` on say for how long, by
--- whom and by which start it is leased, and are null where nobody has a place. Answers the time, the messages'
+-- whom and by which start it is leased, and are null where nobody has a place; they are null where there is a
+-- group. Answers the time, the messages'
 -- numbers, and for each name whether messages were ready that come before new ones: then none of that queue is
 -- leased.
 --
@@ -289,6 +371,8 @@ create function take_in(
     ranks smallint[],
     lifetimes bigint[],
     sizes bigint[],
+    groups bigint[],
+    lanes integer[],
     kinds text[],
     correlation_ids text[],
     all_details text[],
@@ -307,6 +391,7 @@ create function take_in(
     declare
         queue_ids integer[];
         leases integer;
+        grouped integer;
     begin
         perform pg_advisory_xact_lock_shared(lock_class, hashtext(name))
         from unnest(names) as name;
@@ -325,7 +410,7 @@ create function take_in(
             select seq
             from ready
             where ready.queue_id = found.id
-            order by queue_id, rank, due_at, seq
+            order by queue_id, rank, lane, due_at, seq
             limit 1
         ) as first on true;
         if cardinality(queue_ids) is distinct from cardinality(names) then
@@ -336,11 +421,13 @@ create function take_in(
         seqs := array(select nextval('message_seq') from generate_series(1, cardinality(ids)));
 
         insert into message (
-            seq, id, queue_id, state, rank, due_at, attempts, failures, crashes, enqueued_at, expires_at, size
+            seq, id, queue_id, state, rank, due_at, attempts, failures, crashes, enqueued_at, expires_at, size,
+            grp, lane
         )
-        select seq, id, queue_ids[place], 0, rank, taken_at, 0, 0, 0, taken_at, taken_at + lifetime, size
-        from unnest(seqs, ids, places, ranks, lifetimes, sizes)
-            as given (seq, id, place, rank, lifetime, size);
+        select seq, id, queue_ids[place], 0, rank, taken_at, 0, 0, 0, taken_at, taken_at + lifetime, size,
+            grp, lane
+        from unnest(seqs, ids, places, ranks, lifetimes, sizes, groups, lanes)
+            as given (seq, id, place, rank, lifetime, size, grp, lane);
 
         insert into content (seq, deliver_at, kind, correlation_id, details, body)
         select seq, taken_at, kind, correlation_id, details, body
@@ -361,13 +448,29 @@ create function take_in(
             where span is not null
                 and not waiting[place];
         end if;
-        if leases < cardinality(ids) then
-            insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
-            select queue_ids[place], rank, taken_at, seq, taken_at + lifetime, false
-            from unnest(seqs, places, ranks, lifetimes, spans)
-                as given (seq, place, rank, lifetime, span)
-            where span is null
-                or waiting[place];
+        grouped := (
+            select count(grp)
+            from unnest(groups) as grp
+        );
+        if leases + grouped < cardinality(ids) then
+            insert into ready (queue_id, rank, lane, due_at, seq, expires_at, urgent)
+            select queue_ids[place], rank, lane, taken_at, seq, taken_at + lifetime, false
+            from unnest(seqs, places, ranks, lanes, lifetimes, spans, groups)
+                as given (seq, place, rank, lane, lifetime, span, grp)
+            where (span is null or waiting[place])
+                and grp is null;
+        end if;
+        if grouped > 0 then
+            insert into behind (queue_id, grp, seq, due_at, lane, expires_at)
+            select queue_ids[place], grp, seq, taken_at, lane, taken_at + lifetime
+            from unnest(seqs, places, groups, lanes, lifetimes) as given (seq, place, grp, lane, lifetime)
+            where grp is not null;
+
+            insert into ready (queue_id, rank, lane, due_at, seq, grp, urgent)
+            select queue_ids[place], 0, (array_agg(lane order by seq))[1], taken_at, nextval('message_seq'), grp, false
+            from unnest(seqs, places, groups, lanes) as given (seq, place, grp, lane)
+            where grp is not null
+            group by place, grp;
         end if;
     end $$;
 

@@ -25,7 +25,8 @@ create table pump (
 ) strict;
 
 -- What changes in a message's life, kept narrow, because every step of that life writes it again.
--- The rank is the priority with its sign turned, so that the order of lease is ascending.
+-- The rank is the priority with its sign turned, so that the order of lease is ascending. The group and the
+-- lane (of a fairness key, 0 without one) are bits of hashes; what waits for its turn in its group is behind.
 create table message (
     seq integer primary key,
     id blob not null,
@@ -45,13 +46,21 @@ create table message (
     expires_at integer,
     finished_at integer,
     size integer not null,
+    grp integer,
+    lane integer not null,
+    behind integer not null,
     replica text,
     reason text
 ) strict;
 
 create unique index message_id on message (id);
 -- The order of lease.
-create index message_ready on message (queue_id, rank, due_at, seq) where state = 0;
+create index message_ready on message (queue_id, rank, lane, due_at, seq) where state = 0 and behind = 0;
+-- Whether messages take turns, and which of those is due longest.
+create index message_in_turn on message (queue_id, due_at) where state = 0 and behind = 0 and lane <> 0;
+-- The order of a group, and what of a queue is due longest.
+create index message_behind on message (queue_id, grp, seq) where behind = 1;
+create index message_behind_since on message (queue_id, due_at) where behind = 1;
 create index message_urgent on message (queue_id, rank, due_at, seq) where urgent = 1;
 -- What comes due next, over all queues; and what is scheduled in one queue, to be purged.
 create index message_due on message (due_at) where state = 1;
@@ -65,6 +74,16 @@ create index message_expiring on message (expires_at) where expires_at is not nu
 create index message_ended on message (queue_id, state, finished_at) where finished_at is not null;
 -- Lists of one queue, newest first.
 create index message_listed on message (queue_id, seq);
+create index message_grouped on message (queue_id, grp, seq) where grp is not null;
+
+-- The message of each group whose turn it is: until it has ended, and longer if it is dead and blocks the others.
+create table head (
+    seq integer primary key,
+    queue_id integer not null,
+    grp integer not null
+) strict;
+
+create unique index head_group on head (queue_id, grp);
 
 -- What never changes in a message's life: written once, deleted once.
 create table content (
@@ -94,7 +113,8 @@ create table delivery (
 ) strict, without rowid;
 
 -- Idempotency keys with the answer that was given. Those over a whole batch have no message (seq 0).
--- A key counts until `expires_at`, and longer while its message needs it; `sweep_at` is when to look again.
+-- A key counts until `expires_at`, and longer while its message needs it; `sweep_at` is when to look again. One
+-- with `expires_at` = -1 counts as long as its message can be delivered.
 create table idempotency (
     queue_id integer not null,
     key blob not null,
@@ -110,7 +130,8 @@ create table idempotency (
 
 create index idempotency_sweep on idempotency (sweep_at);
 
--- How many messages of a queue are in a state: changed in the transactions that move them.
+-- How many messages of a queue are in a state: changed in the transactions that move them. Those that wait for
+-- their turn in a group are counted as 8, and not as 0.
 create table tally (
     queue_id integer not null,
     state integer not null,

@@ -45,6 +45,7 @@ struct RedriveFilter {
     queue: Option<String>,
     r#type: Option<String>,
     correlation_id: Option<String>,
+    group: Option<String>,
 }
 
 #[derive(Debug, Serialize, ToSchema)]
@@ -133,10 +134,11 @@ async fn redrive(
         queue: queue.map_err(|wrong| Invalid::new("/filter/queue", wrong.detail))?,
         kind: text("/filter/type", body.filter.r#type.as_deref())?,
         correlation_id: text("/filter/correlation_id", body.filter.correlation_id.as_deref())?,
+        group: text("/filter/group", body.filter.group.as_deref())?,
         ..Filter::default()
     };
     if filter == Filter::default() {
-        let detail = "name a queue, a type, a correlation_id or ids: to bring back everything is never meant";
+        let detail = "name a queue, a type, a correlation_id, a group or ids: to bring back everything is never meant";
         return Err(Problem::new(problem::INVALID, detail));
     }
     let store = doors.pump().store().clone();

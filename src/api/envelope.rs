@@ -43,10 +43,12 @@ pub(super) struct EnvelopeBody {
     correlation_id: Option<String>,
     causation_id: Option<String>,
     idempotency_key: Option<String>,
-    /// Not available in this version.
+    /// The key of those of the queue that are delivered one at a time and in order; without delay and priority.
     group: Option<String>,
-    /// Not available in this version.
+    /// On whose behalf it is sent: those who wait take turns.
     fairness_key: Option<String>,
+    /// Of this key there is at most one message that can still be delivered.
+    unique_while_pending: Option<String>,
 }
 
 /// The message of an envelope for this queue, and its own idempotency key.
@@ -56,12 +58,6 @@ pub(super) fn from_envelope(
 ) -> Result<(NewMessage, Option<String>), Problem> {
     if envelope.queue.is_some() {
         return Err(Invalid::new("/queue", "the queue stands in the path").into());
-    }
-    if envelope.group.is_some() {
-        return Err(not_available("an ordering group"));
-    }
-    if envelope.fairness_key.is_some() {
-        return Err(not_available("a fairness key"));
     }
     envelope.into_message(queue, SystemClock.now()).map_err(Problem::invalid)
 }
@@ -101,8 +97,12 @@ pub(super) fn from_headers(
             }
             "pumphouse-correlation-id" => message.correlation_id = Some(text.to_owned()),
             "pumphouse-causation-id" => message.details.causation_id = Some(text.to_owned()),
-            "pumphouse-group" => return Err(not_available("an ordering group")),
-            "pumphouse-fairness-key" => return Err(not_available("a fairness key")),
+            "pumphouse-group" => message.details.group = Some(text.to_owned()),
+            "pumphouse-fairness-key" => message.details.fairness_key = Some(text.to_owned()),
+            "pumphouse-unique-while-pending" => {
+                model::check_key(text).map_err(|detail| Invalid::new(name.as_str(), detail))?;
+                message.keys.push(Idempotency::while_pending(text));
+            }
             other => match other.strip_prefix("pumphouse-forward-") {
                 Some(forward) => forwarded.push((forward.to_owned(), text.to_owned())),
                 None => {

@@ -44,6 +44,8 @@ pub(super) struct MessageBody {
     priority: i8,
     correlation_id: Option<String>,
     causation_id: Option<String>,
+    group: Option<String>,
+    fairness_key: Option<String>,
     /// Sent on to the handler.
     headers: BTreeMap<String, String>,
     enqueued_at: String,
@@ -229,6 +231,10 @@ pub(super) fn amended_body(id: MessageId, amended: Amended) -> Result<Json<Messa
             let detail = format!("the message is {state}, which does not allow it");
             Err(Problem::new(problem::WRONG_STATE, detail))
         }
+        Amended::InGroup => {
+            let detail = "the message is ready and of a group: it goes when those before it are done, which can be cancelled";
+            Err(Problem::new(problem::WRONG_STATE, detail))
+        }
         Amended::NoSuchMessage => Err(no_such_message(id)),
     }
 }
@@ -315,6 +321,8 @@ fn message_body(record: &Record) -> MessageBody {
         priority: head.priority,
         correlation_id: head.correlation_id.clone(),
         causation_id: details.causation_id.clone(),
+        group: details.group.clone(),
+        fairness_key: details.fairness_key.clone(),
         headers: details.headers.iter().cloned().collect(),
         enqueued_at: head.enqueued_at.to_string(),
         deliver_at: record.deliver_at.to_string(),

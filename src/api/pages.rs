@@ -34,7 +34,7 @@ pub(super) struct ListQuery {
     until: Option<String>,
     /// `payload` to have payloads in the list: at most 16 MiB of them, so that a page can be shorter.
     include: Option<String>,
-    /// Not available in this version.
+    /// Of this group.
     group: Option<String>,
     /// Not available in this version.
     status: Option<String>,
@@ -55,7 +55,6 @@ impl ListQuery {
 
     pub(super) fn filter(&self) -> Result<Filter, Problem> {
         for (name, value) in [
-            ("group", &self.group),
             ("status", &self.status),
             ("error_kind", &self.error_kind),
             ("q", &self.q),
@@ -73,6 +72,7 @@ impl ListQuery {
             state: self.state.as_deref().map(State::parse).transpose()?,
             kind: text("type", self.r#type.as_deref())?,
             correlation_id: text("correlation_id", self.correlation_id.as_deref())?,
+            group: text("group", self.group.as_deref())?,
             since: time("since", self.since.as_deref())?,
             until: time("until", self.until.as_deref())?,
             ids: Vec::new(),

@@ -9,7 +9,7 @@ use url::Url;
 use utoipa::ToSchema;
 
 use crate::model::{
-    self, Bounds, Builtin, Concurrency, HttpHandler, Invalid, MASK, OnExpiry, QueueSettings,
+    self, Bounds, Builtin, Concurrency, GroupOnDead, HttpHandler, Invalid, MASK, OnExpiry, QueueSettings,
     RateLimit, Retention, Scope,
 };
 
@@ -41,6 +41,9 @@ pub(super) struct SettingsBody {
     /// What becomes of messages that waited longer than their sender wanted: `expire` ends them, `dead_letter`
     /// sets them aside.
     on_expiry: OnExpiryBody,
+    /// What becomes of a group whose first message is dead: `next` lets the next one go, `block` waits until
+    /// the dead letter is redriven or deleted.
+    group_on_dead: GroupOnDeadBody,
     /// Not available in this version: null.
     redirect_to: Option<String>,
     #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
@@ -69,6 +72,14 @@ enum OnExpiryBody {
     #[default]
     Expire,
     DeadLetter,
+}
+
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum GroupOnDeadBody {
+    #[default]
+    Next,
+    Block,
 }
 
 /// A member that only can be read.
@@ -261,6 +272,10 @@ impl From<&QueueSettings> for SettingsBody {
                 OnExpiry::Expire => OnExpiryBody::Expire,
                 OnExpiry::DeadLetter => OnExpiryBody::DeadLetter,
             },
+            group_on_dead: match settings.group_on_dead {
+                GroupOnDead::Next => GroupOnDeadBody::Next,
+                GroupOnDead::Block => GroupOnDeadBody::Block,
+            },
             ..Self::default()
         }
     }
@@ -322,6 +337,10 @@ impl SettingsBody {
             on_expiry: match self.on_expiry {
                 OnExpiryBody::Expire => OnExpiry::Expire,
                 OnExpiryBody::DeadLetter => OnExpiry::DeadLetter,
+            },
+            group_on_dead: match self.group_on_dead {
+                GroupOnDeadBody::Next => GroupOnDead::Next,
+                GroupOnDeadBody::Block => GroupOnDead::Block,
             },
         };
         settings.check().map_err(Problem::invalid)?;

@@ -66,6 +66,8 @@ struct Stats {
     scheduled: u64,
     in_flight: u64,
     dead: u64,
+    /// How many of those that are ready wait for their turn in their group.
+    behind: u64,
     /// In seconds.
     oldest_ready_age: Option<f64>,
 }
@@ -340,6 +342,7 @@ fn queue_body(queue: &QueueRecord, depths: &[Depth]) -> QueueBody {
         scheduled: depth.scheduled,
         in_flight: depth.leased,
         dead: depth.dead,
+        behind: depth.behind,
         oldest_ready_age: depth.oldest_ready.map(|age| age.as_secs_f64()),
     });
     let (state, stopped) = run_state(&queue.state);

@@ -123,6 +123,8 @@ impl Endpoint {
             ("pumphouse-type", &head.kind),
             ("pumphouse-correlation-id", &head.correlation_id),
             ("pumphouse-causation-id", &head.details.causation_id),
+            ("pumphouse-group", &head.details.group),
+            ("pumphouse-fairness-key", &head.details.fairness_key),
             ("traceparent", &head.details.traceparent.as_deref().and_then(traces::next_hop)),
             ("tracestate", &head.details.tracestate),
             ("baggage", &head.details.baggage),

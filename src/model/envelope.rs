@@ -14,7 +14,7 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use super::{
-    DELAY_MAX, Details, IDEMPOTENCY_KEY_MAX, Invalid, NewMessage, PRIORITY_MAX, PRIORITY_MIN,
+    DELAY_MAX, Details, IDEMPOTENCY_KEY_MAX, Idempotency, Invalid, NewMessage, PRIORITY_MAX, PRIORITY_MIN,
     QueueName, TEXT_MAX, When, parse_span,
 };
 
@@ -38,10 +38,9 @@ pub struct Envelope {
     correlation_id: Option<String>,
     causation_id: Option<String>,
     idempotency_key: Option<String>,
-    /// The key of the messages that are to come one after another.
-    pub group: Option<String>,
-    /// On whose behalf it is sent.
-    pub fairness_key: Option<String>,
+    group: Option<String>,
+    fairness_key: Option<String>,
+    unique_while_pending: Option<String>,
 }
 
 /// How a message says its options; a mistake is reported under the name that the sender wrote.
@@ -86,8 +85,14 @@ impl Envelope {
             content_type: self.content_type.or_else(|| json.then(|| "application/json".to_owned())),
             headers: self.headers.into_iter().collect(),
             causation_id: self.causation_id,
+            group: self.group,
+            fairness_key: self.fairness_key,
             ..Details::default()
         };
+        if let Some(key) = &self.unique_while_pending {
+            check_key(key).map_err(|detail| one(Invalid::new("/unique_while_pending", detail)))?;
+            message.keys.push(Idempotency::while_pending(key));
+        }
         if let Some(key) = &self.idempotency_key {
             check_key(key).map_err(|detail| one(Invalid::new("/idempotency_key", detail)))?;
         }
@@ -152,9 +157,20 @@ impl Form {
             ("correlation_id", &message.correlation_id),
             ("causation_id", &details.causation_id),
             ("content_type", &details.content_type),
+            ("group", &details.group),
+            ("fairness_key", &details.fairness_key),
         ] {
             if let Some(Err(detail)) = text.as_deref().map(check_text) {
                 wrong.push(Invalid::new(self.name(option), detail));
+            }
+        }
+        if details.group.is_some() {
+            // Whoever comes later could not come before, however urgent: the group would wait for it.
+            if message.deliver != When::Now {
+                wrong.push(Invalid::new(self.name("group"), "a message of a group has no delay"));
+            }
+            if message.priority != 0 {
+                wrong.push(Invalid::new(self.name("group"), "a message of a group has no priority"));
             }
         }
         let mut size = 0;

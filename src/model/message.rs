@@ -133,7 +133,7 @@ impl NewMessage {
     }
 }
 
-/// Metadata that is kept and delivered, but never searched.
+/// Metadata that is kept and delivered.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Details {
@@ -146,6 +146,12 @@ pub struct Details {
     /// The message that caused this one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub causation_id: Option<String>,
+    /// The key of those of its queue that are delivered one at a time and in order.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<String>,
+    /// On whose behalf it was sent: those who wait take turns.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fairness_key: Option<String>,
     /// W3C trace context of the sender.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,
@@ -155,6 +161,29 @@ pub struct Details {
     /// W3C baggage of the sender.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub baggage: Option<String>,
+}
+
+impl Details {
+    /// Where a message stands among those that take turns: 0 without a fairness key, else 31 bits of its SHA-256.
+    /// Two keys with the same number share their turns.
+    pub fn lane(&self) -> u32 {
+        self.fairness_key.as_deref().map_or(0, |key| (first_bits(key) as u32 & 0x7fff_ffff).max(1))
+    }
+
+    /// See [`group_number`].
+    pub fn group_number(&self) -> Option<i64> {
+        self.group.as_deref().map(group_number)
+    }
+}
+
+/// A group in 64 bits of its SHA-256. Two groups with the same number are one.
+pub fn group_number(group: &str) -> i64 {
+    first_bits(group).cast_signed()
+}
+
+fn first_bits(key: &str) -> u64 {
+    let digest: [u8; 32] = Sha256::digest(key).into();
+    u64::from_be_bytes(digest[..8].try_into().expect("a digest has more than eight bytes"))
 }
 
 /// A key under which a repeated request is recognised, with a fingerprint of that request.
@@ -167,6 +196,17 @@ pub struct Idempotency {
     pub key: [u8; 16],
     /// SHA-256 over what makes the request the same: body, content type, options.
     pub fingerprint: [u8; 32],
+    /// How long it counts.
+    pub lasts: Lasts,
+}
+
+/// How long a key counts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Lasts {
+    /// For its queue's `dedup_window`, and as long as its message can be delivered or is dead.
+    Window,
+    /// As long as its message can be delivered.
+    WhilePending,
 }
 
 impl Idempotency {
@@ -179,7 +219,12 @@ impl Idempotency {
         let digest: [u8; 32] = hash.finalize().into();
         let mut short = [0; 16];
         short.copy_from_slice(&digest[..16]);
-        Self { key: short, fingerprint }
+        Self { key: short, fingerprint, lasts: Lasts::Window }
+    }
+
+    /// A key of which there is one message at a time that can still be delivered, whatever else it is.
+    pub fn while_pending(key: &str) -> Self {
+        Self { lasts: Lasts::WhilePending, ..Self::new("while-pending", key, [0; 32]) }
     }
 }
 

@@ -31,8 +31,8 @@ pub use lease::{Lease, Leased, Token};
 pub use lifecycle::{State, may_move};
 pub use lineage::children;
 pub use message::{
-    DELAY_MAX, Details, Head, IDEMPOTENCY_KEY_MAX, Idempotency, Message, MessageId, NewMessage,
-    PRIORITY_MAX, PRIORITY_MIN, Record, TEXT_MAX, Tries, When,
+    DELAY_MAX, Details, Head, IDEMPOTENCY_KEY_MAX, Idempotency, Lasts, Message, MessageId, NewMessage,
+    PRIORITY_MAX, PRIORITY_MIN, Record, TEXT_MAX, Tries, When, group_number,
 };
 pub use names::{QueueName, ReplicaName};
 pub use outcome::{
@@ -40,7 +40,7 @@ pub use outcome::{
     Outcome, Settlement, Verdict,
 };
 pub use queue::{
-    Backoff, Bounds, Builtin, Concurrency, Curve, Handler, HttpHandler, Jitter, LEASE_MARGIN,
+    Backoff, Bounds, Builtin, Concurrency, Curve, GroupOnDead, Handler, HttpHandler, Jitter, LEASE_MARGIN,
     LIMIT_MAX, MASK, OnExpiry, QueueRecord, QueueSettings, RateLimit, Recovery, Retention,
     RetryStatuses, RunState, Scope, Stopped,
 };

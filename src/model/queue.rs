@@ -46,6 +46,9 @@ pub struct QueueSettings {
     /// What becomes of a message that waited longer than its sender wanted.
     #[serde(default)]
     pub on_expiry: OnExpiry,
+    /// What becomes of a group whose first message is dead.
+    #[serde(default)]
+    pub group_on_dead: GroupOnDead,
 }
 
 impl Default for QueueSettings {
@@ -61,6 +64,7 @@ impl Default for QueueSettings {
             retention: Retention::default(),
             max_messages: None,
             on_expiry: OnExpiry::default(),
+            group_on_dead: GroupOnDead::default(),
         }
     }
 }
@@ -74,6 +78,17 @@ pub enum OnExpiry {
     Expire,
     /// It is set aside as a dead letter.
     DeadLetter,
+}
+
+/// What becomes of a group whose first message is dead.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GroupOnDead {
+    /// The next one goes.
+    #[default]
+    Next,
+    /// The others wait until the dead letter is redriven, deleted or past its retention.
+    Block,
 }
 
 /// Who processes a queue's messages.

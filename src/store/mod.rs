@@ -73,6 +73,11 @@ pub trait Store: Debug + Send + Sync + 'static {
 
     /// Claims up to `max` ready messages of a queue for `duration`: by priority, then by how long they are due.
     ///
+    /// **Groups**: of the messages of one group at most one is leased, scheduled for a retry or, in a queue
+    /// whose groups are blocked by their dead, dead; the others wait behind it, in the order of their
+    /// arrival. **Fairness**: where messages with fairness keys are ready, those of one priority take turns by
+    /// their keys (those without one are as of one key), and a claim may take fewer than there are.
+    ///
     /// The attempt is counted here, so that a crash counts too. Expired messages are passed over. A row
     /// that cannot be decoded becomes a dead letter, and the next one is taken.
     async fn lease(&self, claim: Claim) -> Result<Vec<Leased>>;
@@ -323,12 +328,21 @@ pub struct Filter {
     pub kind: Option<String>,
     /// Of this conversation.
     pub correlation_id: Option<String>,
+    /// Of this group.
+    pub group: Option<String>,
     /// Enqueued at or after.
     pub since: Option<Timestamp>,
     /// Enqueued before.
     pub until: Option<Timestamp>,
     /// With one of these names; empty for all.
     pub ids: Vec<MessageId>,
+}
+
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+impl Filter {
+    fn group_number(&self) -> Option<i64> {
+        self.group.as_deref().map(crate::model::group_number)
+    }
 }
 
 /// Which part of a list.
@@ -358,8 +372,10 @@ pub const ROWS_LOOKED_AT_MAX: i64 = 10_000;
 pub struct Depth {
     /// Which queue.
     pub queue: QueueName,
-    /// Can be leased now.
+    /// Due.
     pub ready: u64,
+    /// How many of those wait for their turn in their group.
+    pub behind: u64,
     /// Due later.
     pub scheduled: u64,
     /// Held by somebody.
@@ -389,6 +405,8 @@ pub enum Amended {
     Done(Record),
     /// The message is in a state that does not allow it.
     Not(State),
+    /// It is ready and of a group, so that it goes when its turn comes, and not before.
+    InGroup,
     /// There is no such message.
     NoSuchMessage,
 }

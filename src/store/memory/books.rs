@@ -12,7 +12,7 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 use crate::model::{
-    DELIVERIES_KEPT, DeliveryRecord, Guard, MessageId, QueueName, QueueSettings, Record,
+    DELIVERIES_KEPT, DeliveryRecord, GroupOnDead, Guard, MessageId, QueueName, QueueSettings, Record,
     ReplicaName, RunState, State, Token,
 };
 
@@ -33,7 +33,24 @@ pub(super) struct Books {
     pub(super) keys: HashMap<(QueueName, [u8; 16]), Key>,
     pub(super) pump: PumpRecord,
     pub(super) revision: i64,
+    groups: HashMap<GroupName, Group>,
+    /// Groups of which something has changed since they were lined up.
+    touched: BTreeSet<GroupName>,
+    /// Where the last claim of a queue ended whose messages take turns.
+    pub(super) turns: HashMap<QueueName, u32>,
     told: Told,
+}
+
+/// A group of a queue.
+type GroupName = (QueueName, String);
+
+/// The messages of a group that can still be delivered.
+#[derive(Debug, Default)]
+struct Group {
+    /// The one whose turn it is.
+    head: Option<i64>,
+    /// Those that wait for theirs.
+    behind: BTreeSet<i64>,
 }
 
 /// A message with all that belongs to it.
@@ -49,6 +66,18 @@ pub(super) struct Row {
     pub(super) urgent: bool,
     /// There is one if and only if the state is leased.
     pub(super) hold: Option<Hold>,
+    pub(super) turn: Turn,
+}
+
+/// Where a message stands in its group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Turn {
+    /// In no group, or no longer.
+    None,
+    /// It waits for its turn.
+    Behind,
+    /// It is its turn, until it has ended, and longer if it is dead and blocks the others.
+    Head,
 }
 
 /// Who holds a message.
@@ -68,18 +97,21 @@ pub(super) struct Queue {
     pub(super) guard: Guard,
     /// Ready messages in the order of lease.
     pub(super) ready: BTreeSet<Place>,
+    /// Those that wait for their turn in a group, by when they were due.
+    oldest_behind: BTreeSet<(Timestamp, i64)>,
+    pub(super) behind: u64,
     counts: [u64; State::ALL.len()],
 }
 
-/// A place in the order of lease: priority, then due time, then arrival.
-pub(super) type Place = (Reverse<i8>, Timestamp, i64);
+/// A place in the order of lease: priority, then fairness key, then due time, then arrival.
+pub(super) type Place = (Reverse<i8>, u32, Timestamp, i64);
 
 /// An idempotency key that is remembered.
 #[derive(Debug)]
 pub(super) struct Key {
     pub(super) fingerprint: [u8; 32],
-    /// It counts at least until then.
-    pub(super) until: Timestamp,
+    /// It counts at least until then; `None` where it counts as long as its message can be delivered.
+    pub(super) until: Option<Timestamp>,
     /// The message's arrival and the answer its sender got; `None` for a key over a whole batch.
     pub(super) answer: Option<(i64, Receipt)>,
 }
@@ -96,6 +128,9 @@ impl Default for Books {
             keys: HashMap::new(),
             pump: PumpRecord { state: RunState::Running, ceiling: CEILING_DEFAULT },
             revision: 1,
+            groups: HashMap::new(),
+            touched: BTreeSet::new(),
+            turns: HashMap::new(),
             told: Told::default(),
         }
     }
@@ -121,7 +156,11 @@ impl Books {
     pub(super) fn change<T>(&mut self, seq: i64, change: impl FnOnce(&mut Row) -> T) -> Option<T> {
         let mut row = self.rows.remove(&seq)?;
         self.unnote(seq, &row);
+        let lived = row.record.state.lives();
         let changed = change(&mut row);
+        if lived && !row.record.state.lives() && !self.blocks(&row) {
+            row.turn = Turn::None;
+        }
         self.note(seq, &row);
         self.rows.insert(seq, row);
         Some(changed)
@@ -170,9 +209,35 @@ impl Books {
         self.leased.iter().take_while(|(until, _)| *until <= now).take(max).map(|at| at.1).collect()
     }
 
+    /// Whether this message can still be delivered.
+    pub(super) fn is_pending(&self, seq: i64) -> bool {
+        self.row(seq).is_some_and(|row| row.record.state.lives())
+    }
+
     /// Whether this message can still be delivered or is dead.
     pub(super) fn needs_its_keys(&self, seq: i64) -> bool {
         self.row(seq).is_some_and(|row| row.record.state.lives() || row.record.state == State::Dead)
+    }
+
+    /// Whether its group waits for this message, which has just ended.
+    fn blocks(&self, row: &Row) -> bool {
+        let settings = self.queues.get(&row.record.head.queue).map(|queue| &queue.settings);
+        row.turn == Turn::Head
+            && row.record.state == State::Dead
+            && settings.is_some_and(|settings| settings.group_on_dead == GroupOnDead::Block)
+    }
+
+    /// Gives each group whose turn is nobody's its next message. The last step of every transaction.
+    pub(super) fn line_up(&mut self) {
+        for name in std::mem::take(&mut self.touched) {
+            let Some(group) = self.groups.get(&name) else { continue };
+            match (group.head, group.behind.first().copied()) {
+                (None, Some(next)) => drop(self.change(next, |row| row.turn = Turn::Head)),
+                (None, None) => drop(self.groups.remove(&name)),
+                (Some(_), _) => (),
+            }
+        }
+        self.touched.clear();
     }
 
     /// Says that a queue or the pump was changed.
@@ -195,7 +260,9 @@ impl Books {
         let name = &row.record.head.queue;
         let queue = self.queues.get_mut(name).expect("a message goes when its queue goes");
         queue.counts[row.record.state as usize] += 1;
+        queue.behind += u64::from(row.turn == Turn::Behind);
         match row.record.state {
+            State::Ready if row.turn == Turn::Behind => drop(queue.oldest_behind.insert((row.record.deliver_at, seq))),
             State::Ready => {
                 queue.ready.insert(place(seq, row));
                 self.told.queues.insert(name.clone());
@@ -213,15 +280,32 @@ impl Books {
             | State::Expired
             | State::Cancelled => (),
         }
+        if let Some(name) = row.group_name() {
+            let group = self.groups.entry(name.clone()).or_default();
+            match row.turn {
+                Turn::None => (),
+                Turn::Behind => drop(group.behind.insert(seq)),
+                Turn::Head => group.head = Some(seq),
+            }
+            self.touched.insert(name);
+        }
     }
 
     fn unnote(&mut self, seq: i64, row: &Row) {
         let queue = self.queues.get_mut(&row.record.head.queue);
         let queue = queue.expect("a message goes when its queue goes");
         queue.counts[row.record.state as usize] -= 1;
+        queue.behind -= u64::from(row.turn == Turn::Behind);
         queue.ready.remove(&place(seq, row));
+        queue.oldest_behind.remove(&(row.record.deliver_at, seq));
         self.scheduled.remove(&(row.record.deliver_at, seq));
         self.leased.remove(&(row.until(), seq));
+        if let Some(name) = row.group_name() {
+            let group = self.groups.entry(name.clone()).or_default();
+            group.behind.remove(&seq);
+            group.head = group.head.filter(|head| *head != seq);
+            self.touched.insert(name);
+        }
     }
 }
 
@@ -229,6 +313,18 @@ impl Row {
     /// Whether its sender no longer wants it delivered. It counts only while the message waits.
     pub(super) fn is_expired(&self, now: Timestamp) -> bool {
         self.record.head.expires_at.is_some_and(|expires| expires <= now)
+    }
+
+    fn group_name(&self) -> Option<GroupName> {
+        let head = &self.record.head;
+        Some((head.queue.clone(), head.details.group.clone()?))
+    }
+
+    /// Lines up again in its group, if it has one, and it is not its turn.
+    pub(super) fn line_up(&mut self) {
+        if self.record.head.details.group.is_some() && self.turn == Turn::None {
+            self.turn = Turn::Behind;
+        }
     }
 
     /// Moves it to a state that ends it.
@@ -263,7 +359,8 @@ impl Row {
 }
 
 fn place(seq: i64, row: &Row) -> Place {
-    (Reverse(row.record.head.priority), row.record.deliver_at, seq)
+    let head = &row.record.head;
+    (Reverse(head.priority), head.details.lane(), row.record.deliver_at, seq)
 }
 
 impl Queue {
@@ -271,7 +368,8 @@ impl Queue {
     pub(super) fn new(settings: QueueSettings) -> Self {
         let counts = [0; State::ALL.len()];
         let (state, guard) = (RunState::Running, Guard::default());
-        Self { settings, state, guard, ready: BTreeSet::new(), counts }
+        let (ready, oldest_behind) = (BTreeSet::new(), BTreeSet::new());
+        Self { settings, state, guard, ready, oldest_behind, behind: 0, counts }
     }
 
     /// How many of its messages are in this state.
@@ -281,14 +379,15 @@ impl Queue {
 
     /// Since when the ready message that waits longest has been due.
     ///
-    /// Of each priority the first in the order of lease is the oldest, so only those are looked at.
+    /// Of each priority and fairness key the first in the order of lease is the oldest, so only those are looked at,
+    /// and the oldest of those that wait in groups.
     pub(super) fn oldest_due(&self) -> Option<Timestamp> {
-        let mut oldest = None;
+        let mut oldest = self.oldest_behind.first().map(|(due, _)| *due);
         let mut first = self.ready.first();
-        while let Some((priority, due, _)) = first {
+        while let Some((priority, lane, due, _)) = first {
             oldest = Some(oldest.map_or(*due, |oldest: Timestamp| oldest.min(*due)));
-            let last_of_its_priority = (*priority, Timestamp::MAX, i64::MAX);
-            first = self.ready.range((Excluded(last_of_its_priority), Unbounded)).next();
+            let last_of_its_lane = (*priority, *lane, Timestamp::MAX, i64::MAX);
+            first = self.ready.range((Excluded(last_of_its_lane), Unbounded)).next();
         }
         oldest
     }

@@ -2,10 +2,10 @@
 
 use jiff::Timestamp;
 
-use crate::model::{Head, Idempotency, NewMessage, QueueName, Record, State, Tries, When};
+use crate::model::{Head, Idempotency, Lasts, NewMessage, QueueName, Record, State, Tries, When};
 
 use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal, refusals};
-use super::books::{Books, Key, Row, after, whole_micros};
+use super::books::{Books, Key, Row, Turn, after, whole_micros};
 
 impl Books {
     pub(super) fn enqueue(&mut self, enqueue: Enqueue, now: Timestamp) -> EnqueueOutcome {
@@ -92,13 +92,17 @@ impl Books {
         now: Timestamp,
     ) {
         let window = self.queues[&queue].settings.dedup_window;
-        let until = after(now, window);
+        let until = (key.lasts == Lasts::Window).then(|| after(now, window));
         self.keys.insert((queue, key.key), Key { fingerprint: key.fingerprint, until, answer });
     }
 
     /// Whether a key is in its window, or its message still needs it.
     pub(super) fn key_counts(&self, key: &Key, now: Timestamp) -> bool {
-        now < key.until || key.answer.as_ref().is_some_and(|(seq, _)| self.needs_its_keys(*seq))
+        let seq = key.answer.as_ref().map(|(seq, _)| *seq);
+        match key.until {
+            Some(until) => now < until || seq.is_some_and(|seq| self.needs_its_keys(seq)),
+            None => seq.is_some_and(|seq| self.is_pending(seq)),
+        }
     }
 }
 
@@ -141,5 +145,8 @@ fn row(message: NewMessage, now: Timestamp) -> Row {
         size: message.body.len() as u64,
     };
     let body = message.body;
-    Row { record, body, receipt, deliveries: Vec::new(), urgent: false, hold: None }
+    let turn = Turn::None;
+    let mut row = Row { record, body, receipt, deliveries: Vec::new(), urgent: false, hold: None, turn };
+    row.line_up();
+    row
 }

@@ -7,19 +7,51 @@ use jiff::Timestamp;
 use crate::model::{Lease, Leased, Message, State, Token};
 
 use super::super::Claim;
-use super::books::{Books, Hold, Row, after};
+use super::books::{Books, Hold, Place, Row, after};
 
 impl Books {
     /// Claims in the order of lease. `asked` is the monotonic time at which the caller asked.
     pub(super) fn lease(&mut self, claim: &Claim, asked: Instant, now: Timestamp) -> Vec<Leased> {
         let Some(queue) = self.queues.get(&claim.queue) else { return Vec::new() };
-        let wanted = |row: &Row| !row.is_expired(now) && (row.urgent || !claim.urgent_only);
-        let seqs = queue.ready.iter().map(|(_, _, seq)| *seq);
-        let chosen = seqs.filter(|seq| self.row(*seq).is_some_and(wanted)).take(claim.max);
-        let chosen = chosen.collect::<Vec<_>>();
+        let in_turn = !claim.urgent_only && queue.ready.iter().any(|(_, lane, ..)| *lane != 0);
+        let chosen = if in_turn { self.in_turn(claim, now) } else { self.in_order(claim, now) };
         let until = asked + claim.duration;
         let take = |seq| self.change(seq, |row| row.claim(seq, claim, until, now));
         chosen.into_iter().filter_map(take).collect()
+    }
+
+    fn in_order(&self, claim: &Claim, now: Timestamp) -> Vec<i64> {
+        let Some(queue) = self.queues.get(&claim.queue) else { return Vec::new() };
+        let wanted = |row: &Row| !row.is_expired(now) && (row.urgent || !claim.urgent_only);
+        let seqs = queue.ready.iter().map(|(.., seq)| *seq);
+        seqs.filter(|seq| self.row(*seq).is_some_and(wanted)).take(claim.max).collect()
+    }
+
+    /// Of the highest priority, round the fairness keys, on from where the last claim ended.
+    fn in_turn(&mut self, claim: &Claim, now: Timestamp) -> Vec<i64> {
+        let Some(queue) = self.queues.get(&claim.queue) else { return Vec::new() };
+        let wanted = |place: &&Place| self.row(place.3).is_some_and(|row| !row.is_expired(now));
+        let mut ready = queue.ready.iter().filter(wanted).copied().collect::<Vec<_>>();
+        let Some((highest, ..)) = ready.first().copied() else { return Vec::new() };
+        ready.retain(|(priority, ..)| *priority == highest);
+        let last = self.turns.get(&claim.queue).copied().unwrap_or(0);
+        let mut lanes = ready.iter().map(|(_, lane, ..)| *lane).collect::<Vec<_>>();
+        lanes.dedup();
+        let before = lanes.iter().filter(|lane| **lane <= last).count() % lanes.len();
+        lanes.rotate_left(before);
+        lanes.truncate(claim.max);
+        let mut chosen = Vec::new();
+        for (turn, lane) in lanes.iter().enumerate() {
+            let its_own = ready.iter().filter(|(_, its, ..)| its == lane).enumerate();
+            let its_own = its_own.take(claim.max.div_ceil(lanes.len()));
+            chosen.extend(its_own.map(|(round, place)| (round, turn, place.3)));
+        }
+        chosen.sort_unstable();
+        chosen.truncate(claim.max);
+        if let Some((_, turn, _)) = chosen.last() {
+            self.turns.insert(claim.queue.clone(), lanes[*turn]);
+        }
+        chosen.into_iter().map(|(.., seq)| seq).collect()
     }
 
     /// Prolongs what is still held.

@@ -42,6 +42,7 @@ impl Books {
         Depth {
             queue: name.clone(),
             ready: queue.count(State::Ready),
+            behind: queue.behind,
             scheduled: queue.count(State::Scheduled),
             leased: queue.count(State::Leased),
             dead: queue.count(State::Dead),
@@ -58,6 +59,7 @@ impl Filter {
             && self.state.is_none_or(|state| state == record.state)
             && (self.kind.is_none() || self.kind == head.kind)
             && (self.correlation_id.is_none() || self.correlation_id == head.correlation_id)
+            && (self.group.is_none() || self.group == head.details.group)
             && self.since.is_none_or(|since| head.enqueued_at >= since)
             && self.until.is_none_or(|until| head.enqueued_at < until)
             && (self.ids.is_empty() || self.ids.contains(&head.id))

@@ -62,6 +62,7 @@ impl Memory {
             // Asked under the lock, so that what comes later in the books is never earlier in time.
             let now = books::whole_micros(self.clock.now());
             let done = work(&mut books, now);
+            books.line_up();
             (done, books.take_told())
         };
         told.tell(&self.news);

@@ -2,10 +2,12 @@
 
 use jiff::Timestamp;
 
-use crate::model::{Guard, GuardChange, QueueName, QueueRecord, QueueSettings, RunState, State};
+use crate::model::{
+    GroupOnDead, Guard, GuardChange, QueueName, QueueRecord, QueueSettings, RunState, State,
+};
 
 use super::super::{DeleteQueue, Precondition, PutQueue};
-use super::books::{Books, Queue};
+use super::books::{Books, Queue, Row, Turn};
 
 impl Books {
     pub(super) fn queues(&self) -> Vec<QueueRecord> {
@@ -32,6 +34,7 @@ impl Books {
             return PutQueue::PreconditionFailed;
         }
         self.settings_changed();
+        let unblocks = settings.group_on_dead == GroupOnDead::Next;
         let before = self.queue(name);
         let known = self.queues.get_mut(name).map(|queue| {
             queue.guard = before.map(|before| before.guard_under(&settings)).unwrap_or_default();
@@ -40,8 +43,23 @@ impl Books {
         if known.is_none() {
             self.queues.insert(name.clone(), Queue::new(settings));
         }
+        if unblocks {
+            self.unblock_groups(name);
+        }
         let record = self.queue(name).expect("it was put there a moment ago");
         if known.is_some() { PutQueue::Replaced(record) } else { PutQueue::Created(record) }
+    }
+
+    /// Lets the next ones go where a dead letter holds them up.
+    fn unblock_groups(&mut self, name: &QueueName) {
+        let blocks = |row: &Row| {
+            let record = &row.record;
+            record.head.queue == *name && record.state == State::Dead && row.turn == Turn::Head
+        };
+        let blocking = self.rows().filter(|(_, row)| blocks(row)).map(|(seq, _)| seq);
+        for seq in blocking.collect::<Vec<_>>() {
+            self.change(seq, |row| row.turn = Turn::None);
+        }
     }
 
     pub(super) fn delete_queue(
@@ -62,6 +80,7 @@ impl Books {
             self.remove(seq);
         }
         self.keys.retain(|(queue, _), _| queue != name);
+        self.turns.remove(name);
         self.queues.remove(name);
         self.settings_changed();
         DeleteQueue::Deleted

@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use crate::model::{NewMessage, Settlement, State, Tries};
 
 use super::super::{Enqueued, Error, Result, Settle, Settled, target_gone};
-use super::books::{Books, Row, after, since};
+use super::books::{Books, Row, Turn, after, since};
 
 impl Books {
     pub(super) fn settle(&mut self, settle: Settle, now: Timestamp) -> Result<Settled> {
@@ -59,6 +59,8 @@ impl Row {
             Settlement::Discard { reason } => self.end(State::Discarded, Some(reason), now),
             Settlement::Move { to_queue, .. } => {
                 self.record.head.queue = to_queue;
+                self.turn = Turn::None;
+                self.line_up();
                 self.record.tries =
                     Tries { attempts: self.record.tries.attempts, ..Tries::default() };
                 self.wait(now, now);

@@ -15,6 +15,10 @@ impl Books {
             if !row.record.state.waits() {
                 return Amended::Not(row.record.state);
             }
+            let in_group = row.record.head.details.group.is_some();
+            if amendment != Amendment::Cancel && in_group && row.record.state == State::Ready {
+                return Amended::InGroup;
+            }
             row.amend(amendment, now);
             Amended::Done(row.record.clone())
         });
@@ -83,6 +87,7 @@ impl Row {
             self.record.head.expires_at = None;
         }
         self.wait(now, now);
+        self.line_up();
         self.record.head.id
     }
 }

@@ -22,7 +22,7 @@ use super::writer::{Done, Pumps};
 // and content, and those of ready and lease.
 const TAKE_IN: &str = "\
 select taken_at, seqs, waiting
-from take_in($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)";
+from take_in($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)";
 
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] = &[TAKE_IN];
@@ -100,6 +100,8 @@ impl<'a> Lot<'a> {
             .bind(messages().map(|message| -i16::from(message.priority)).collect::<Vec<_>>())
             .bind(messages().map(|message| lifetime(message).map(rows::span)).collect::<Vec<_>>())
             .bind(messages().map(|message| message.body.len() as i64).collect::<Vec<_>>())
+            .bind(messages().map(|message| message.details.group_number()).collect::<Vec<_>>())
+            .bind(messages().map(|message| lane(message)).collect::<Vec<_>>())
             .bind(messages().map(|message| message.kind.as_deref()).collect::<Vec<_>>())
             .bind(messages().map(|message| message.correlation_id.as_deref()).collect::<Vec<_>>())
             .bind(details.collect::<Vec<_>>())
@@ -155,6 +157,10 @@ fn keep_places(messages: &[&NewMessage], queues: &[usize], pumps: &Pumps) -> Vec
     let mut left = HashMap::new();
     let keep = |(message, queue): (&&NewMessage, &usize)| {
         let crowded = || pumps.crowded().contains(&message.queue);
+        // Whose turn it is in a group, only a claim can say.
+        if message.details.group.is_some() {
+            return None;
+        }
         let left = left.entry(*queue).or_insert_with(|| if crowded() { 1 } else { usize::MAX });
         if *left == 0 {
             return None;
@@ -165,6 +171,11 @@ fn keep_places(messages: &[&NewMessage], queues: &[usize], pumps: &Pumps) -> Vec
         place
     };
     messages.iter().zip(queues).map(keep).collect()
+}
+
+/// Where it stands among those that take turns.
+pub(super) fn lane(message: &NewMessage) -> i32 {
+    message.details.lane().cast_signed()
 }
 
 /// How long after it was taken in a message is worth delivering.

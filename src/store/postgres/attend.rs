@@ -13,6 +13,7 @@ use crate::model::ReplicaName;
 use super::super::{Attendance, Attended, Reaped, Result};
 use super::Postgres;
 use super::fault::{Trouble, unreadable};
+use super::groups::{blocks, give_turns};
 use super::rows;
 use super::upkeep::{take_back, taken_back, word};
 

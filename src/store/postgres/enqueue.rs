@@ -130,6 +130,7 @@ struct NewRow<'a> {
     message: &'a NewMessage,
     due_at: i64,
     expires_at: Option<i64>,
+    group: Option<i64>,
     /// With which it is stored, because somebody has a place for it. Its sender is told `ready` all the same.
     lease: Option<NewLease>,
 }
@@ -220,13 +221,16 @@ impl<'a> Plan<'a> {
         self.facts.named.insert(message.id, receipt.clone());
         let expires_at = message.expires.map(|when| rows::resolve(when, now));
         let has_expired = expires_at.is_some_and(|at| at <= now);
-        let lease = if due_at > now || has_expired { None } else { self.lease(&message.queue) };
+        let group = message.details.group_number();
+        let waits = due_at > now || has_expired || group.is_some();
+        let lease = if waits { None } else { self.lease(&message.queue) };
         self.rows.push(NewRow {
             seq: self.facts.seqs[place],
             queue_id,
             message,
             due_at,
             expires_at,
+            group,
             lease,
         });
         Enqueued::New(receipt)
@@ -294,6 +298,8 @@ impl<'a> Plan<'a> {
             .bind(leases().map(|it| it.map(|it| it.until.0)).collect::<Vec<_>>())
             .bind(leases().map(|it| it.map(|it| it.incarnation)).collect::<Vec<_>>())
             .bind(leases().map(|it| it.map(|it| it.place.replica.as_str())).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.group).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| at_once::lane(row.message)).collect::<Vec<_>>())
             .execute(connection)
             .await
             .map(drop)
@@ -328,16 +334,19 @@ with given as (
     select *
     from unnest(
             $2::bigint[], $3::uuid[], $4::integer[], $5::smallint[], $6::bigint[], $7::bigint[],
-            $8::bigint[], $13::bigint[], $14::bigint[], $15::bigint[], $16::text[]
+            $8::bigint[], $13::bigint[], $14::bigint[], $15::bigint[], $16::text[], $17::bigint[],
+            $18::integer[]
         ) as given (
-            seq, id, queue_id, rank, due_at, expires_at, size, chance, until, incarnation, replica
+            seq, id, queue_id, rank, due_at, expires_at, size, chance, until, incarnation, replica, grp,
+            lane
         )
 ),
 messages as (
     insert into message (
-        seq, id, queue_id, state, rank, due_at, attempts, failures, crashes, enqueued_at, expires_at, size
+        seq, id, queue_id, state, rank, due_at, attempts, failures, crashes, enqueued_at, expires_at, size,
+        grp, lane
     )
-    select seq, id, queue_id, 0, rank, due_at, 0, 0, 0, $1, expires_at, size
+    select seq, id, queue_id, 0, rank, due_at, 0, 0, 0, $1, expires_at, size, grp, lane
     from given
 ),
 contents as (
@@ -355,21 +364,36 @@ where chance is not null"
     };
 }
 
-// Lives on: see `insert`; and the primary keys of ready and scheduled.
+// Lives on: see `insert`; and the primary keys of ready, scheduled and behind. Of a group that gets several messages
+// one token says so, because all of them are seen from the same moment on.
 const INSERT: &str = insert!(
     ",
 due as (
-    insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
-    select queue_id, rank, due_at, seq, expires_at, false
+    insert into ready (queue_id, rank, lane, due_at, seq, expires_at, urgent)
+    select queue_id, rank, lane, due_at, seq, expires_at, false
     from given
     where due_at <= $1
         and chance is null
+        and grp is null
 ),
 later as (
-    insert into scheduled (due_at, seq, queue_id, rank, expires_at)
-    select due_at, seq, queue_id, rank, expires_at
+    insert into scheduled (due_at, seq, queue_id, rank, lane, expires_at)
+    select due_at, seq, queue_id, rank, lane, expires_at
     from given
     where due_at > $1
+),
+lined_up as (
+    insert into behind (queue_id, grp, seq, due_at, lane, expires_at)
+    select queue_id, grp, seq, due_at, lane, expires_at
+    from given
+    where grp is not null
+),
+announced as (
+    insert into ready (queue_id, rank, lane, due_at, seq, grp, urgent)
+    select queue_id, 0, (array_agg(lane order by seq))[1], $1, nextval('message_seq'), grp, false
+    from given
+    where grp is not null
+    group by queue_id, grp
 )"
 );
 

@@ -10,7 +10,7 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row, query};
 use uuid::Uuid;
 
-use crate::model::{Idempotency, MessageId, NewMessage, QueueName, State};
+use crate::model::{Idempotency, Lasts, MessageId, NewMessage, QueueName, State};
 
 use super::super::Receipt;
 use super::fault::{Trouble, unreadable};
@@ -79,6 +79,7 @@ pub(super) struct Key {
     id: Uuid,
     deliver_at: i64,
     expires_at: i64,
+    sweep_at: i64,
 }
 
 // Locks the names of queues against being deleted meanwhile, and not against each other.
@@ -98,7 +99,7 @@ left join lateral (
     select seq
     from ready
     where ready.queue_id = queue.id
-    order by queue_id, rank, due_at, seq
+    order by queue_id, rank, lane, due_at, seq
     limit 1
 ) as waiting on true";
 
@@ -112,7 +113,7 @@ const UNSETTLED: &str = "\
 select queue_id, sum(n)::bigint as n
 from tally
 where queue_id = any($1)
-    and state in (0, 1, 2)
+    and state in (0, 1, 2, 8)
 group by queue_id";
 
 /// The keys that are named in `$1` and `$2`, each looked up by itself. Lives on: the primary key of
@@ -132,13 +133,17 @@ cross join lateral (
 }
 
 // Lives on: see `named_keys`, and the primary key of message. A key counts in its window, and as long as
-// its message can still be delivered or is dead.
+// its message can still be delivered or is dead; one that expires at -1 as long as it can be delivered.
 const FORGET_KEYS: &str = concat!(
     "delete from idempotency\nwhere ctid = any(array(select known.tid ",
     named_keys!(),
     "))
     and expires_at <= $3
-    and coalesce((select state from message where message.seq = idempotency.seq) not in (0, 5), true)"
+    and coalesce((
+        select case when idempotency.expires_at < 0 then state <> 0 else state not in (0, 5) end
+        from message
+        where message.seq = idempotency.seq
+    ), true)"
 );
 
 // Lives on: the primary key of idempotency. Waits for a transaction that has put down the same key.
@@ -146,10 +151,11 @@ const PUT_KEYS_DOWN: &str = "\
 insert into idempotency (
     queue_id, key, fingerprint, seq, id, enqueued_at, deliver_at, expires_at, sweep_at
 )
-select queue_id, key, fingerprint, seq, id, $1, deliver_at, expires_at, expires_at
+select queue_id, key, fingerprint, seq, id, $1, deliver_at, expires_at, sweep_at
 from unnest(
-        $2::integer[], $3::bytea[], $4::bytea[], $5::bigint[], $6::uuid[], $7::bigint[], $8::bigint[]
-    ) as given (queue_id, key, fingerprint, seq, id, deliver_at, expires_at)
+        $2::integer[], $3::bytea[], $4::bytea[], $5::bigint[], $6::uuid[], $7::bigint[], $8::bigint[],
+        $9::bigint[]
+    ) as given (queue_id, key, fingerprint, seq, id, deliver_at, expires_at, sweep_at)
 on conflict (queue_id, key) do nothing
 returning queue_id, key";
 
@@ -183,6 +189,11 @@ pub(super) const STATEMENTS: &[&str] = &[
     DROP_KEYS,
     KNOWN_NAMES,
 ];
+
+/// When a key expires that counts as long as its message can be delivered.
+const WHILE_PENDING: i64 = -1;
+/// After how long such a key is looked at for the first time, to be forgotten: a minute, in microseconds.
+const LOOKED_AT_AFTER: i64 = 60_000_000;
 
 /// The class of advisory locks on the names of queues: shared to take messages in, exclusive to delete.
 pub(super) const LOCK_NAMES: i32 = 0x7075_6d70;
@@ -310,12 +321,20 @@ impl Facts {
     ) -> Option<(KeyName, Key)> {
         let queue = self.queues.get(queue)?;
         let due_at = of.map_or(self.now, |(message, _)| rows::resolve(message.deliver, self.now));
+        let (expires_at, sweep_at) = match key.lasts {
+            Lasts::Window => {
+                let expires_at = self.now.saturating_add(queue.window);
+                (expires_at, expires_at)
+            }
+            Lasts::WhilePending => (WHILE_PENDING, self.now.saturating_add(LOOKED_AT_AFTER)),
+        };
         let row = Key {
             fingerprint: key.fingerprint,
             seq: of.map_or(0, |(_, place)| self.seqs[place]),
             id: of.map_or(Uuid::nil(), |(message, _)| message.id.0),
             deliver_at: due_at,
-            expires_at: self.now.saturating_add(queue.window),
+            expires_at,
+            sweep_at,
         };
         Some(((queue.id, key.key), row))
     }
@@ -398,6 +417,7 @@ async fn put_keys_down(
         .bind(keys.values().map(|key| key.id).collect::<Vec<_>>())
         .bind(keys.values().map(|key| key.deliver_at).collect::<Vec<_>>())
         .bind(keys.values().map(|key| key.expires_at).collect::<Vec<_>>())
+        .bind(keys.values().map(|key| key.sweep_at).collect::<Vec<_>>())
         .fetch_all(connection)
         .await?;
     rows.iter().map(key_name).collect()

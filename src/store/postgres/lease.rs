@@ -12,6 +12,7 @@ use crate::telemetry::metrics;
 use super::super::{CLAIM_BYTES_MAX, Claim, Result};
 use super::Postgres;
 use super::fault::Trouble;
+use super::groups::{self, blocks, give_turns};
 use super::news::Word;
 use super::rows;
 
@@ -49,13 +50,26 @@ enum More {
 /// Claims once, and adds to `all` what could be read, before what could not is made a dead letter.
 async fn claim_and_bury(store: &Postgres, claim: Claim, all: &mut Vec<Leased>) -> Result<More> {
     let queue = claim.queue.clone();
-    let Claimed { leased, unreadable } = claim_once(store, claim).await?;
+    let Claimed { leased, unreadable, dropped, .. } = claim_once(store, claim).await?;
     all.extend(leased);
-    if unreadable.is_empty() {
+    if !unreadable.is_empty() {
+        bury(store, &queue, unreadable).await?;
+    } else if dropped > 0 {
+        clear_the_way(store, &queue).await?;
+    } else {
         return Ok(More::No);
     }
-    bury(store, &queue, unreadable).await?;
     Ok(More::Perhaps)
+}
+
+/// Drops the tokens at the front of a queue whose groups are busy: there may be many of one group.
+async fn clear_the_way(store: &Postgres, queue: &QueueName) -> Result<()> {
+    let queue = queue.clone();
+    let drop = store.claims.run(move |connection: &mut PgConnection| {
+        let queue = queue.clone();
+        Box::pin(async move { groups::drop_tokens(connection, &queue).await })
+    });
+    drop.await.map(|_| ())
 }
 
 /// What one claim has brought.
@@ -64,75 +78,238 @@ struct Claimed {
     leased: Vec<Leased>,
     /// Messages that cannot be read, and why.
     unreadable: Vec<(Lease, String)>,
+    /// How many tokens were taken of groups that have nothing to lease now.
+    dropped: i64,
+    /// Where this claim ended, if messages of the queue take turns.
+    last_lane: Option<i32>,
 }
 
-// Lives on: the primary key of ready (or ready_urgent), which is the order of lease; then the primary
-// keys of message and content. Locks the tokens it takes, and passes over those that others take.
+/// Claims what `first` finds: the places of tokens in ready (tid), their messages' numbers (seq) and lanes, in the order of
+/// lease, at most $2. Of a group it claims the first message, if it is its turn. See `groups.rs`.
+///
+/// Lives on: the primary keys of message, content, behind and head; then of lease. Locks the tokens it takes, and passes
+/// over those that others take. Always answers a first row, which says what there is to know of the claim.
 macro_rules! claim {
-    ($which:literal) => {
+    ($with:literal, $first:literal) => {
         concat!(
             "\
-with clock as (
+with ",
+            $with,
+            "clock as (
     select now_micros() as now
+),
+first as (",
+            $first,
+            "),
+sized as (
+    select first.tid, first.lane, row_number() over () as place,
+        coalesce(sum(message.size) over (rows unbounded preceding), 0) as bytes
+    from first
+    left join lateral (
+        select size
+        from message
+        where message.seq = first.seq
+        limit 1
+    ) as message on true
 ),
 taken as (
     delete from ready
-    where ctid = any(array(
-        select sized.tid
-        from (
-            select first.tid, sum(message.size) over (rows unbounded preceding) as bytes,
-                row_number() over () as place
-            from (
-                select ready.ctid as tid, ready.seq
-                from ready
-                where ready.queue_id = (select id from queue where name = $1)
-                    and (ready.expires_at is null or ready.expires_at > (select now from clock))",
-            $which,
-            "
-                order by ready.queue_id, ready.rank, ready.due_at, ready.seq
-                limit $2
-                for update skip locked
-            ) as first
-            left join lateral (
-                select size
-                from message
-                where message.seq = first.seq
-                limit 1
-            ) as message on true
-        ) as sized
-        where sized.bytes <= $7 or sized.place = 1
-    ))
-    returning ready.seq
+    where ctid = any(array(select tid from sized where bytes <= $7 or place = 1))
+    returning ready.seq, ready.queue_id, ready.grp
+),
+turns as (
+    select distinct queue_id, grp
+    from taken
+    where grp is not null
+    order by grp
+),
+next as materialized (
+    select turns.queue_id, turns.grp, behind.seq
+    from turns
+    cross join lateral (
+        select behind.seq
+        from behind
+        where behind.queue_id = turns.queue_id
+            and behind.grp = turns.grp
+            and (behind.expires_at is null or behind.expires_at > (select now from clock))
+        order by behind.queue_id, behind.grp, behind.seq
+        limit 1
+        for update
+    ) as behind
+),
+heads as (
+    insert into head (queue_id, grp, seq, dirty)
+    select queue_id, grp, seq, false
+    from next
+    order by grp
+    on conflict (grp, queue_id) do update
+    set dirty = true
+    where not head.dirty
+    returning seq
+),
+won as (
+    delete from behind
+    where queue_id = any(array(select queue_id from next))
+        and grp = any(array(select grp from next))
+        and seq = any(array(select seq from next where seq = any(array(select seq from heads))))
+    returning seq
 ),
 leased as (
     insert into lease (seq, token, incarnation, leased_at, until, queue_id, attempt, replica)
     select message.seq, $3 + message.seq, $4, clock.now, clock.now + $5,
         message.queue_id, message.attempts + 1, $6
-    from taken
+    from (
+        select seq
+        from taken
+        where grp is null
+        union all
+        select seq
+        from won
+    ) as chosen
     cross join lateral (
         select seq, queue_id, attempts
         from message
-        where message.seq = taken.seq
+        where message.seq = chosen.seq
         limit 1
     ) as message
     cross join clock
     returning lease.seq, lease.token, lease.attempt, lease.leased_at
 )
-select leased.seq, leased.token, leased.attempt as attempts, leased.leased_at, message.id, message.rank,
+select (select count(grp) from taken) - (select count(*) from won) as dropped,
+    (select lane from sized where bytes <= $7 or place = 1 order by place desc limit 1) as last_lane,
+    exists (
+        select 1
+        from ready
+        where ready.queue_id = (select id from queue where name = $1)
+            and ready.lane <> 0
+    ) as in_turn,
+    leased.seq, leased.token, leased.attempt as attempts, leased.leased_at, message.id, message.rank,
     message.due_at, message.failures, message.crashes, message.enqueued_at, message.expires_at,
     content.kind, content.correlation_id, content.details, content.body
-from leased
-cross join lateral (select * from message where message.seq = leased.seq limit 1) as message
+from clock
+left join leased on true
+left join lateral (select * from message where message.seq = leased.seq limit 1) as message on true
 left join lateral (select * from content where content.seq = leased.seq limit 1) as content on true"
         )
     };
 }
 
-const CLAIM: &str = claim!("");
-const CLAIM_URGENT: &str = claim!(" and ready.urgent");
+// Lives on: queue_name_key and the primary key of ready, which is the order of lease; see `claim`.
+const CLAIM: &str = claim!(
+    "",
+    "
+    select ready.ctid as tid, ready.seq, ready.lane
+    from ready
+    where ready.queue_id = (select id from queue where name = $1)
+        and (ready.expires_at is null or ready.expires_at > (select now from clock))
+    order by ready.queue_id, ready.rank, ready.lane, ready.due_at, ready.seq
+    limit $2
+    for update skip locked
+"
+);
 
-// Lives on: the primary keys of lease, message and dead.
-const BURY: &str = "\
+// Lives on: queue_name_key and ready_urgent; see `claim`.
+const CLAIM_URGENT: &str = claim!(
+    "",
+    "
+    select ready.ctid as tid, ready.seq, ready.lane
+    from ready
+    where ready.queue_id = (select id from queue where name = $1)
+        and (ready.expires_at is null or ready.expires_at > (select now from clock))
+        and ready.urgent
+    order by ready.queue_id, ready.rank, ready.due_at, ready.seq
+    limit $2
+    for update skip locked
+"
+);
+
+// Lives on: queue_name_key and the primary key of ready, one step for each lane; see `claim`. Of the highest priority
+// that is ready, round the lanes: those after $8, then those up to it, at most $2 of them.
+const CLAIM_IN_TURN: &str = claim!(
+    "recursive front as (
+    select rank
+    from ready
+    where ready.queue_id = (select id from queue where name = $1)
+        and (ready.expires_at is null or ready.expires_at > now_micros())
+    order by ready.queue_id, ready.rank, ready.lane, ready.due_at, ready.seq
+    limit 1
+),
+after (lane, n) as (
+    select $8::integer, 0::bigint
+    union all
+    select next.lane, after.n + 1
+    from after
+    cross join lateral (
+        select ready.lane
+        from ready
+        where ready.queue_id = (select id from queue where name = $1)
+            and ready.rank = (select rank from front)
+            and ready.lane > after.lane
+            and (ready.expires_at is null or ready.expires_at > now_micros())
+        order by ready.queue_id, ready.rank, ready.lane, ready.due_at, ready.seq
+        limit 1
+    ) as next
+    where after.n < $2
+),
+upto (lane, n) as (
+    select -1, $2
+    union all
+    select next.lane, upto.n + 1
+    from upto
+    cross join lateral (
+        select ready.lane
+        from ready
+        where ready.queue_id = (select id from queue where name = $1)
+            and ready.rank = (select rank from front)
+            and ready.lane > upto.lane
+            and ready.lane <= $8
+            and (ready.expires_at is null or ready.expires_at > now_micros())
+        order by ready.queue_id, ready.rank, ready.lane, ready.due_at, ready.seq
+        limit 1
+    ) as next
+    where upto.n < $2 + $2
+),
+lanes as (
+    select lane, n as turn
+    from (
+        select lane, n from after where n > 0
+        union all
+        select lane, n from upto where n > $2
+    ) as found
+    order by turn
+    limit $2
+),
+each as (
+    select ($2 + count(*) - 1) / greatest(count(*), 1) as most
+    from lanes
+),
+",
+    "
+    select tid, seq, lane
+    from (
+        select lanes.turn, lanes.lane, ready.tid, ready.seq,
+            row_number() over (partition by lanes.turn order by ready.due_at, ready.seq) as round
+        from lanes
+        cross join lateral (
+            select ready.ctid as tid, ready.seq, ready.due_at
+            from ready
+            where ready.queue_id = (select id from queue where name = $1)
+                and ready.rank = (select rank from front)
+                and ready.lane = lanes.lane
+                and (ready.expires_at is null or ready.expires_at > (select now from clock))
+            order by ready.queue_id, ready.rank, ready.lane, ready.due_at, ready.seq
+            limit (select most from each)
+            for update skip locked
+        ) as ready
+    ) as dealt
+    order by round, turn
+    limit $2
+"
+);
+
+// Lives on: the primary keys of lease, message, queue and dead; see `give_turns`.
+const BURY: &str = concat!(
+    "\
 with gone as (
     delete from lease
     where seq = $1
@@ -143,11 +320,23 @@ moved as (
     update message
     set state = 5, attempts = (select attempt from gone), finished_at = now_micros(), reason = $3
     where seq = (select seq from gone)
-    returning seq, queue_id, finished_at
-)
+    returning seq, queue_id, finished_at, grp
+),
+finished as (
+    select seq, grp
+    from moved
+    where grp is not null
+        and not ",
+    blocks!(),
+    "
+),
+",
+    give_turns!(),
+    "
 insert into dead (seq, finished_at, queue_id)
 select seq, finished_at, queue_id
-from moved";
+from moved"
+);
 
 // Lives on: the primary keys of lease and queue. Comes to the leases in the order of their numbers, and
 // writes them by number and token: the place of a row (ctid) is another one after a wait for its lock.
@@ -172,7 +361,7 @@ where seq = any(array(select seq from held))
 returning seq, token";
 
 /// The statements of this file.
-pub(super) const STATEMENTS: &[&str] = &[CLAIM, CLAIM_URGENT, BURY, RENEW];
+pub(super) const STATEMENTS: &[&str] = &[CLAIM, CLAIM_URGENT, CLAIM_IN_TURN, BURY, RENEW];
 
 /// Claims with one statement, which is on the disk when it returns: a claim that a server forgot in a crash
 /// could not be settled, because its token is random, but the number of its attempt would come again.
@@ -182,24 +371,37 @@ async fn claim_once(store: &Postgres, claim: Claim) -> Result<Claimed> {
     let until = asked + claim.duration;
     let chance = rows::chance().map_err(Trouble::from)?;
     let incarnation = store.pumps.incarnations.of(&claim.replica);
+    let queue = claim.queue.clone();
+    let last_lane = store.last_lanes().get(&queue).copied();
     let claimed = store.claims.run(move |connection: &mut PgConnection| {
         let claim = claim.clone();
         Box::pin(async move {
-            let statement = if claim.urgent_only { CLAIM_URGENT } else { CLAIM };
-            let rows = query(statement)
+            let (statement, last_lane) = match last_lane {
+                _ if claim.urgent_only => (CLAIM_URGENT, None),
+                Some(last) => (CLAIM_IN_TURN, Some(last)),
+                None => (CLAIM, None),
+            };
+            let mut statement = query(statement)
                 .bind(claim.queue.as_str())
                 .bind(claim.max as i64)
                 .bind(chance)
                 .bind(incarnation)
                 .bind(rows::span(claim.duration))
                 .bind(claim.replica.as_str())
-                .bind(CLAIM_BYTES_MAX as i64)
-                .fetch_all(connection)
-                .await?;
+                .bind(CLAIM_BYTES_MAX as i64);
+            if let Some(last) = last_lane {
+                statement = statement.bind(last);
+            }
+            let rows = statement.fetch_all(connection).await?;
             read(rows, &claim.queue, until)
         })
     });
     let claimed = claimed.await?;
+    match claimed.last_lane {
+        Some(last) => drop(store.last_lanes().insert(queue, last)),
+        None if last_lane.is_some() => drop(store.last_lanes().remove(&queue)),
+        None => (),
+    }
     metrics::commit_seconds("lease").record(asked.elapsed());
     metrics::batch_size("lease").record(claimed.leased.len() as f64);
     Ok(claimed)
@@ -207,10 +409,16 @@ async fn claim_once(store: &Postgres, claim: Claim) -> Result<Claimed> {
 
 fn read(rows: Vec<PgRow>, queue: &QueueName, until: Instant) -> Result<Claimed, Trouble> {
     let mut claimed = Claimed::default();
+    if let Some(first) = rows.first() {
+        claimed.dropped = first.try_get("dropped")?;
+        let last: Option<i32> = first.try_get("last_lane")?;
+        claimed.last_lane = first.try_get("in_turn").map(|turn: bool| turn.then(|| last.unwrap_or(0)))?;
+    }
     for row in rows {
+        let Some(seq) = row.try_get("seq")? else { continue };
         let id = rows::message_id(&row)?;
         let token = Token(row.try_get("token")?);
-        let lease = Lease { seq: row.try_get("seq")?, id, token, until };
+        let lease = Lease { seq, id, token, until };
         match leased(&row, queue, lease.clone()) {
             Ok(leased) => claimed.leased.push(leased),
             Err(why) => claimed.unreadable.push((lease, format!("it cannot be read: {why}"))),

@@ -37,6 +37,21 @@ macro_rules! looked_at {
     (all) => {
         "select seq from message where seq < $1 order by seq desc limit $2"
     };
+    (correlated, $id:literal) => {
+        concat!(
+            "select content.seq from content where content.correlation_id = ",
+            $id,
+            " and content.seq < $1 order by content.correlation_id desc, content.seq desc limit $2"
+        )
+    };
+    (group, $group:literal) => {
+        concat!(
+            "select message.seq from message where message.queue_id = (select id from queue where name = $3) ",
+            "and message.grp = ",
+            $group,
+            " and message.seq < $1 order by message.queue_id desc, message.grp desc, message.seq desc limit $2"
+        )
+    };
     (queue) => {
         "select message.seq from message where message.queue_id = (select id from queue where name = $3) \
          and message.seq < $1 order by message.queue_id desc, message.seq desc limit $2"
@@ -55,10 +70,10 @@ macro_rules! looked_at {
 
 /// How far down a page looks.
 macro_rules! edge {
-    ($which:ident) => {
+    ($($which:tt)+) => {
         concat!(
             "select min(seq) as seq, count(*) as n from (",
-            looked_at!($which),
+            looked_at!($($which)+),
             ") as looked_at"
         )
     };
@@ -77,14 +92,17 @@ where ($3::text is null or queue.name = $3)
     and ($7::bigint is null or message.enqueued_at >= $7)
     and ($8::bigint is null or message.enqueued_at < $8)
     and ($9::smallint is null or stand.state = $9)
+    and ($11::bigint is null or message.grp = $11)
 order by found.seq desc
 limit $10"
         )
     };
 }
 
-// Live on: the primary key of message; message_listed; the primary key of dead; dead_listed; the primary
-// key of lease.
+// Live on: content_correlation; message_grouped; the primary key of message; message_listed; the primary key of dead;
+// dead_listed; the primary key of lease.
+const EDGE_OF_CONVERSATION: &str = edge!(correlated, "$3");
+const EDGE_OF_GROUP: &str = edge!(group, "$4");
 const EDGE: &str = edge!(all);
 const EDGE_OF_QUEUE: &str = edge!(queue);
 const EDGE_OF_DEAD: &str = edge!(dead);
@@ -92,6 +110,8 @@ const EDGE_OF_DEAD_OF_QUEUE: &str = edge!(dead_of_queue);
 const EDGE_OF_LEASED: &str = edge!(leased);
 
 // Live on: the same, and what `records` says.
+const PAGE_OF_CONVERSATION: &str = page!(looked_at!(correlated, "$6"));
+const PAGE_OF_GROUP: &str = page!(looked_at!(group, "$11"));
 const PAGE: &str = page!(looked_at!(all));
 const PAGE_OF_QUEUE: &str = page!(looked_at!(queue));
 const PAGE_OF_DEAD: &str = page!(looked_at!(dead));
@@ -111,31 +131,49 @@ select queue_id, state, sum(n)::bigint as n
 from tally
 group by queue_id, state";
 
-// Lives on: queue_name_key, and the primary key of ready: one step for each priority that waits.
+// Lives on: queue_name_key, and the primary key of ready, one step for each priority that waits; and one row each of
+// ready_in_turn and behind_since.
 const OLDEST: &str = "\
-select queue.id, queue.name, now_micros() - (
-    with recursive first (rank, due_at) as (
-        (
-            select ready.rank, ready.due_at
-            from ready
-            where ready.queue_id = queue.id
-            order by ready.rank, ready.due_at
-            limit 1
+select queue.id, queue.name, now_micros() - least(
+    (
+        with recursive first (rank, lane, due_at) as (
+            (
+                select ready.rank, ready.lane, ready.due_at
+                from ready
+                where ready.queue_id = queue.id
+                order by ready.rank, ready.lane, ready.due_at
+                limit 1
+            )
+            union all
+            select next.rank, next.lane, next.due_at
+            from first
+            cross join lateral (
+                select ready.rank, ready.lane, ready.due_at
+                from ready
+                where ready.queue_id = queue.id
+                    and ready.rank > first.rank
+                order by ready.rank, ready.lane, ready.due_at
+                limit 1
+            ) as next
         )
-        union all
-        select next.rank, next.due_at
+        select min(due_at)
         from first
-        cross join lateral (
-            select ready.rank, ready.due_at
-            from ready
-            where ready.queue_id = queue.id
-                and ready.rank > first.rank
-            order by ready.rank, ready.due_at
-            limit 1
-        ) as next
+    ),
+    (
+        select due_at
+        from ready
+        where ready.queue_id = queue.id
+            and ready.lane <> 0
+        order by ready.queue_id, ready.due_at
+        limit 1
+    ),
+    (
+        select due_at
+        from behind
+        where behind.queue_id = queue.id
+        order by behind.queue_id, behind.due_at
+        limit 1
     )
-    select min(due_at)
-    from first
 ) as age
 from queue
 order by queue.name";
@@ -145,11 +183,15 @@ pub(super) const STATEMENTS: &[&str] = &[
     RECORD,
     DELIVERIES,
     PAYLOAD,
+    EDGE_OF_CONVERSATION,
+    EDGE_OF_GROUP,
     EDGE,
     EDGE_OF_QUEUE,
     EDGE_OF_DEAD,
     EDGE_OF_DEAD_OF_QUEUE,
     EDGE_OF_LEASED,
+    PAGE_OF_CONVERSATION,
+    PAGE_OF_GROUP,
     PAGE,
     PAGE_OF_QUEUE,
     PAGE_OF_DEAD,
@@ -228,6 +270,7 @@ async fn list(
         .bind(filter.until.map(rows::micros))
         .bind(filter.state.map(State::code))
         .bind(limit as i64)
+        .bind(filter.group_number())
         .fetch_all(connection)
         .await?;
     let items = rows::shown(&found);
@@ -247,6 +290,8 @@ async fn list(
 fn statements_for(filter: &Filter) -> (&'static str, Option<&'static str>) {
     match (&filter.queue, filter.state) {
         _ if !filter.ids.is_empty() => (PAGE_OF_NAMED, None),
+        _ if filter.correlation_id.is_some() => (PAGE_OF_CONVERSATION, Some(EDGE_OF_CONVERSATION)),
+        (Some(_), _) if filter.group.is_some() => (PAGE_OF_GROUP, Some(EDGE_OF_GROUP)),
         (Some(_), Some(State::Dead)) => (PAGE_OF_DEAD_OF_QUEUE, Some(EDGE_OF_DEAD_OF_QUEUE)),
         (None, Some(State::Dead)) => (PAGE_OF_DEAD, Some(EDGE_OF_DEAD)),
         (_, Some(State::Leased)) => (PAGE_OF_LEASED, Some(EDGE_OF_LEASED)),
@@ -268,13 +313,21 @@ async fn look_down(
     filter: &Filter,
     after: i64,
 ) -> sqlx::Result<Edge> {
-    let of_queue = statement == EDGE_OF_QUEUE || statement == EDGE_OF_DEAD_OF_QUEUE;
-    let look = query(statement).bind(after).bind(ROWS_LOOKED_AT_MAX);
-    let queue = filter.queue.as_ref().filter(|_| of_queue);
-    let look = queue.iter().fold(look, |look, queue| look.bind(queue.as_str()));
+    let mut look = query(statement).bind(after).bind(ROWS_LOOKED_AT_MAX);
+    let queue = filter.queue.as_ref().map(QueueName::as_str);
+    if statement == EDGE_OF_CONVERSATION {
+        look = look.bind(filter.correlation_id.as_deref());
+    } else if statement == EDGE_OF_GROUP {
+        look = look.bind(queue).bind(filter.group_number());
+    } else if statement == EDGE_OF_QUEUE || statement == EDGE_OF_DEAD_OF_QUEUE {
+        look = look.bind(queue);
+    }
     let row = look.fetch_one(connection).await?;
     Ok(Edge { last: row.try_get("seq")?, more: row.try_get::<i64, _>("n")? >= ROWS_LOOKED_AT_MAX })
 }
+
+/// The number under which messages are counted that wait in groups; that of no state.
+const BEHIND: i16 = 8;
 
 pub(super) async fn depths(store: &Postgres) -> Result<Vec<Depth>> {
     store.hands.run(|connection| Box::pin(count(connection))).await
@@ -290,18 +343,22 @@ async fn count(connection: &mut PgConnection) -> Result<Vec<Depth>, Trouble> {
         // A queue without a name that can be said is left out here, as in the list of queues.
         let Ok(queue) = rows::queue_name(row.try_get("name")?) else { continue };
         let id: i32 = row.try_get("id")?;
-        let count = |state: State| {
-            let n = counts.get(&(id, state.code())).copied().unwrap_or(0);
+        let count = |code: i16| {
+            let n = counts.get(&(id, code)).copied().unwrap_or(0);
             u64::try_from(n).unwrap_or(0)
         };
         let age: Option<i64> = row.try_get("age")?;
+        let behind = count(BEHIND);
+        let ready = count(State::Ready.code()) + behind;
         depths.push(Depth {
             queue,
-            ready: count(State::Ready),
-            scheduled: count(State::Scheduled),
-            leased: count(State::Leased),
-            dead: count(State::Dead),
-            oldest_ready: age.map(rows::elapsed),
+            ready,
+            behind,
+            scheduled: count(State::Scheduled.code()),
+            leased: count(State::Leased.code()),
+            dead: count(State::Dead.code()),
+            // A token may be left where there is no message.
+            oldest_ready: age.filter(|_| ready > 0).map(rows::elapsed),
         });
     }
     Ok(depths)

@@ -24,9 +24,10 @@ mod attend;
 mod listing;
 mod surgery;
 mod queues;
+mod groups;
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use async_trait::async_trait;
@@ -69,6 +70,8 @@ pub struct Postgres {
     settles: Writer<Settles>,
     herald: Arc<Herald>,
     pumps: Arc<Pumps>,
+    /// Queues whose messages take turns, and where their last claims ended: the lanes of the last messages.
+    last_lanes: Mutex<HashMap<QueueName, i32>>,
     stop: CancellationToken,
     /// A store that is dropped without being closed leaves nobody behind in the background either.
     _stop_when_dropped: DropGuard,
@@ -107,9 +110,14 @@ impl Postgres {
             claims: Hands { pool: open::pool(durable(), 4), tasks },
             herald,
             pumps,
+            last_lanes: Mutex::default(),
             _stop_when_dropped: stop.clone().drop_guard(),
             stop,
         }
+    }
+
+    fn last_lanes(&self) -> MutexGuard<'_, HashMap<QueueName, i32>> {
+        self.last_lanes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// What holds for planning on every connection, for the same test.
@@ -134,6 +142,7 @@ impl Postgres {
             listing::STATEMENTS,
             surgery::STATEMENTS,
             queues::STATEMENTS,
+            groups::STATEMENTS,
             news::STATEMENTS,
         ];
         all.into_iter().flatten().copied()

@@ -3,14 +3,16 @@
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row, query, query_scalar};
 
-use crate::model::{Guard, GuardChange, OnExpiry, QueueName, QueueRecord, QueueSettings, RunState};
+use crate::model::{
+    GroupOnDead, Guard, GuardChange, OnExpiry, QueueName, QueueRecord, QueueSettings, RunState,
+};
 
 use super::super::{DeleteQueue, Precondition, PumpRecord, PutQueue, Result};
 use super::Postgres;
 use super::facts::LOCK_NAMES;
 use super::fault::{Trouble, unreadable};
 use super::news::Word;
-use super::rows;
+use super::{groups, rows};
 
 // Lives on: queue_name_key.
 const QUEUES: &str = "\
@@ -35,9 +37,9 @@ for update";
 const INSERT_QUEUE: &str = "\
 insert into queue (
     settings, max_messages, max_crashes, dedup_window, retention_completed, retention_dead,
-    dead_on_expiry, state, name, guard
+    dead_on_expiry, state, name, guard, group_blocks
 )
-values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10)";
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11)";
 
 // Lives on: queue_name_key.
 const UPDATE_QUEUE: &str = "\
@@ -50,7 +52,8 @@ set settings = $1,
     retention_dead = $6,
     dead_on_expiry = $7,
     state = $8,
-    guard = $10
+    guard = $10,
+    group_blocks = $11
 where name = $9";
 
 // Lives on: queue_name_key.
@@ -69,10 +72,18 @@ where name = $1";
 const LOCK_NAME: &str = "\
 select pg_advisory_xact_lock($1, hashtext($2))";
 
-// Lives on: the primary key of ready, scheduled_queue, dead_listed; and tally, read whole, for leases.
+// Lives on: the primary keys of ready and behind, scheduled_queue, dead_listed; and tally, read whole, for leases.
 const HAS_MESSAGES: &str = "\
 select coalesce(
-    (select seq from ready where queue_id = $1 order by queue_id, rank, due_at, seq limit 1),
+    (
+        select seq
+        from ready
+        where queue_id = $1
+            and grp is null
+        order by queue_id, rank, lane, due_at, seq
+        limit 1
+    ),
+    (select seq from behind where queue_id = $1 order by queue_id, grp, seq limit 1),
     (select seq from scheduled where queue_id = $1 order by queue_id, due_at, seq limit 1),
     (select seq from dead where queue_id = $1 order by queue_id, seq limit 1),
     (select 1 from tally where queue_id = $1 and state = 2 having sum(n) > 0)
@@ -213,8 +224,12 @@ async fn put(
         .bind(json(&state))
         .bind(name.as_str())
         .bind(json(&guard))
+        .bind(settings.group_on_dead == GroupOnDead::Block)
         .execute(&mut *connection)
         .await?;
+    if known && settings.group_on_dead == GroupOnDead::Next {
+        groups::unblock(connection, &name).await?;
+    }
     query(COUNT_REVISION).execute(connection).await?;
     let record = QueueRecord { name, settings, state, guard };
     Ok(if known { PutQueue::Replaced(record) } else { PutQueue::Created(record) })

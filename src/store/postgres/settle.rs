@@ -19,6 +19,7 @@ use super::super::{Enqueued, Error, Settle, Settled, target_gone};
 use super::enqueue::Plan;
 use super::facts::{Care, Facts, lock_names};
 use super::fault::Trouble;
+use super::groups::{blocks, give_turns, line_up};
 use super::news::Word;
 use super::rows;
 use super::writer::{Batch, Committed, Done, Pumps};
@@ -170,7 +171,7 @@ recorded as (
     };
 }
 
-// Lives on: the primary keys of lease, queue and message; then of ended and of delivery.
+// Lives on: the primary keys of lease, queue and message; then of ended and of delivery; see `give_turns`.
 //
 // The number of the attempt is the one after the last that was written, because that is how the claim made
 // it. Nothing in it grows faster than the batch: what differs between messages stands in `SETTLE`.
@@ -181,19 +182,28 @@ moved as (
     update message
     set state = 3, attempts = attempts + 1, finished_at = (select now from clock), reason = null
     where seq = any(array(select seq from gone))
-    returning seq, queue_id, enqueued_at
+    returning seq, queue_id, enqueued_at, grp
 ),
 completed as (
     insert into ended (finished_at, seq, queue_id)
     select (select now from clock), seq, queue_id
     from moved
-)
-select seq, (select now from clock) - enqueued_at as age, false as scheduled, null::text as ready
+),
+finished as (
+    select seq, grp
+    from moved
+    where grp is not null
+),
+",
+    give_turns!(),
+    "
+select seq, (select now from clock) - enqueued_at as age, false as scheduled,
+    case when grp is not null then (select name from queue where id = queue_id) end as ready
 from moved"
 );
 
 // Lives on: the primary keys of lease, queue and message; then of ready, scheduled, dead or ended, and
-// of delivery.
+// of delivery; see `give_turns`. A message of a group that is to be tried again is still its first.
 //
 // Each message finds what is meant for it by its place in a list, so that there is no order of joining
 // that could be chosen wrongly: see `open`. Its time grows with the square of the batch, which therefore
@@ -229,18 +239,18 @@ moved as (
         end,
         reason = (select reasons from listed)[array_position((select seqs from listed), seq)]
     where seq = any(array(select seq from gone))
-    returning seq, queue_id, state, rank, due_at, expires_at, enqueued_at,
+    returning seq, queue_id, state, rank, lane, due_at, expires_at, enqueued_at, grp,
         (select now from clock) as now
 ),
 made_ready as (
-    insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
-    select queue_id, rank, due_at, seq, expires_at, false
+    insert into ready (queue_id, rank, lane, due_at, seq, expires_at, urgent)
+    select queue_id, rank, lane, due_at, seq, expires_at, false
     from moved
     where state = 0 and due_at <= now
 ),
 made_scheduled as (
-    insert into scheduled (due_at, seq, queue_id, rank, expires_at)
-    select due_at, seq, queue_id, rank, expires_at
+    insert into scheduled (due_at, seq, queue_id, rank, lane, expires_at)
+    select due_at, seq, queue_id, rank, lane, expires_at
     from moved
     where state = 0 and due_at > now
 ),
@@ -255,14 +265,29 @@ completed as (
     select now, seq, queue_id
     from moved
     where state not in (0, 5)
-)
+),
+finished as (
+    select seq, grp
+    from moved
+    where grp is not null
+        and state <> 0
+        and not (state = 5 and ",
+    blocks!(),
+    ")
+),
+",
+    give_turns!(),
+    "
 select seq, now - enqueued_at as age, state = 0 and due_at > now as scheduled,
-    case when state = 0 and due_at <= now then (select name from queue where id = queue_id) end as ready
+    case
+        when grp is not null or (state = 0 and due_at <= now)
+        then (select name from queue where id = queue_id)
+    end as ready
 from moved"
 );
 
 // Lives on: the primary keys of lease and message, and queue_name_key; then of ready or dead, and of delivery. For
-// one message at a time. Where the queue is gone, the message is dead in its own.
+// one message at a time. Where the queue is gone, the message is dead in its own. See `give_turns` and `line_up`.
 const MOVE: &str = concat!(
     fenced!(
         "
@@ -287,23 +312,52 @@ moved as (
         finished_at = case when not exists (select 1 from target) then (select now from clock) end,
         reason = case when not exists (select 1 from target) then (select reason from fenced) end
     where seq = (select seq from gone)
-    returning seq, queue_id, state, rank, due_at, expires_at, enqueued_at,
+    returning seq, queue_id, state, rank, lane, due_at, expires_at, enqueued_at, grp,
         (select now from clock) as now
 ),
 made_ready as (
-    insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
-    select queue_id, rank, due_at, seq, expires_at, false
+    insert into ready (queue_id, rank, lane, due_at, seq, expires_at, urgent)
+    select queue_id, rank, lane, due_at, seq, expires_at, false
     from moved
     where state = 0
+        and grp is null
 ),
 died as (
     insert into dead (seq, finished_at, queue_id)
     select seq, now, queue_id
     from moved
     where state = 5
+),
+finished as (
+    select seq, grp
+    from moved
+    where grp is not null
+        and not (state = 5 and ",
+    blocks!(),
+    ")
+),
+arriving as (
+    select queue_id, grp, seq, due_at, lane, expires_at
+    from moved
+    where grp is not null
+        and state = 0
+),
+",
+    give_turns!(),
+    ",
+",
+    line_up!(),
+    ",
+freed_queue as (
+    select name
+    from queue
+    where id = (select queue_id from freed limit 1)
 )
 select seq, now - enqueued_at as age, false as scheduled,
-    case when state = 0 then (select name from queue where id = queue_id) end as ready
+    case
+        when state = 0 or grp is not null then (select name from queue where id = queue_id)
+    end as ready,
+    case when grp is not null then (select name from freed_queue) end as freed
 from moved"
 );
 
@@ -377,6 +431,10 @@ fn tell(word: &mut Word, row: &PgRow) -> sqlx::Result<()> {
     let ready: Option<&str> = row.try_get("ready")?;
     word.ready.extend(ready.and_then(|name| rows::queue_name(name).ok()));
     word.schedule |= row.try_get::<bool, _>("scheduled")?;
+    // A message of a group that was moved lets the next one of its old queue go.
+    if let Ok(Some(freed)) = row.try_get::<Option<&str>, _>("freed") {
+        word.ready.extend(rows::queue_name(freed));
+    }
     Ok(())
 }
 

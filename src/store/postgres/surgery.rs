@@ -11,6 +11,7 @@ use crate::model::{MessageId, QueueName, Record, State};
 use super::super::{Amended, Amendment, Filter, Result};
 use super::Postgres;
 use super::fault::Trouble;
+use super::groups::{give_turns, line_up};
 use super::news::Word;
 use super::rows::{self, records};
 
@@ -22,6 +23,7 @@ const TAKE_READY: &str = "\
 delete from ready
 where queue_id = (select queue_id from message where seq = $1)
     and rank = (select rank from message where seq = $1)
+    and lane = (select lane from message where seq = $1)
     and due_at = (select due_at from message where seq = $1)
     and seq = $1
 returning now_micros() as now";
@@ -33,17 +35,35 @@ where due_at = (select due_at from message where seq = $1)
     and seq = $1
 returning now_micros() as now";
 
-// Lives on: the primary keys of message and ended.
-const CANCEL: &str = "\
+// Lives on: the primary keys of message and behind. Waits for whoever has the token in hand.
+const TAKE_BEHIND: &str = "\
+delete from behind
+where queue_id = (select queue_id from message where seq = $1)
+    and grp = (select grp from message where seq = $1)
+    and seq = $1
+returning now_micros() as now";
+
+// Lives on: the primary keys of message and ended; see `give_turns`.
+const CANCEL: &str = concat!(
+    "\
 with moved as (
     update message
     set state = 7, finished_at = $2, reason = 'cancelled while it waited'
     where seq = $1
-    returning finished_at, seq, queue_id
-)
+    returning finished_at, seq, queue_id, grp
+),
+finished as (
+    select seq, grp
+    from moved
+    where grp is not null
+),
+",
+    give_turns!(),
+    "
 insert into ended (finished_at, seq, queue_id)
 select finished_at, seq, queue_id
-from moved";
+from moved"
+);
 
 // Lives on: the primary keys of message, ready and scheduled.
 const WAIT: &str = "\
@@ -51,21 +71,22 @@ with moved as (
     update message
     set due_at = $2
     where seq = $1
-    returning seq, queue_id, rank, due_at, expires_at
+    returning seq, queue_id, rank, lane, due_at, expires_at
 ),
 due as (
-    insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
-    select queue_id, rank, due_at, seq, expires_at, $4
+    insert into ready (queue_id, rank, lane, due_at, seq, expires_at, urgent)
+    select queue_id, rank, lane, due_at, seq, expires_at, $4
     from moved
     where $3
 )
-insert into scheduled (due_at, seq, queue_id, rank, expires_at)
-select due_at, seq, queue_id, rank, expires_at
+insert into scheduled (due_at, seq, queue_id, rank, lane, expires_at)
+select due_at, seq, queue_id, rank, lane, expires_at
 from moved
 where not $3";
 
 // Lives on: the primary key of dead, from its beginning (or dead_listed); then those of message, queue,
-// content and ready. Passes over dead letters that others have in hand.
+// content, head and ready; see `line_up`. Passes over dead letters that others have in hand. One that is still the first of
+// its group goes on as that.
 macro_rules! redrive {
     ($which:literal) => {
         concat!(
@@ -86,6 +107,7 @@ taken as (
             and ($3::text is null or content.correlation_id = $3)
             and ($4::bigint is null or message.enqueued_at >= $4)
             and ($5::bigint is null or message.enqueued_at < $5)
+            and ($8::bigint is null or message.grp = $8)
             and ",
             $which,
             "
@@ -101,13 +123,36 @@ moved as (
         due_at = (select now from clock),
         expires_at = case when expires_at > (select now from clock) then expires_at end
     where seq = any(array(select seq from taken))
-    returning seq, id, queue_id, rank, due_at, expires_at
+    returning seq, id, queue_id, rank, lane, due_at, expires_at, grp
+),
+first as (
+    select head.seq
+    from moved
+    cross join lateral (
+        select seq
+        from head
+        where head.grp = moved.grp
+            and head.queue_id = moved.queue_id
+            and head.seq = moved.seq
+        limit 1
+    ) as head
 ),
 made_ready as (
-    insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
-    select queue_id, rank, due_at, seq, expires_at, false
+    insert into ready (queue_id, rank, lane, due_at, seq, expires_at, urgent)
+    select queue_id, rank, lane, due_at, seq, expires_at, false
     from moved
-)
+    where grp is null
+        or seq = any(array(select seq from first))
+),
+arriving as (
+    select queue_id, grp, seq, due_at, lane, expires_at
+    from moved
+    where grp is not null
+        and not seq = any(array(select seq from first))
+),
+",
+            line_up!(),
+            "
 select moved.seq, moved.id, queue.name as queue
 from moved
 join queue on queue.id = moved.queue_id"
@@ -126,7 +171,7 @@ const REDRIVE_NAMED: &str = redrive!(
 );
 
 /// Deletes messages with all that belongs to them, given the numbers in `gone`. Their keys stay, and are
-/// from now on judged by their window alone.
+/// from now on judged by their window alone. What of them was of groups is in `finished`.
 /// Lives on: the primary keys of content, delivery and message, and idempotency_needed.
 macro_rules! delete_gone {
     () => {
@@ -148,7 +193,13 @@ unneeded as (
 messages as (
     delete from message
     where seq = any(array(select seq from gone))
-)\n"
+    returning seq, grp
+),
+finished as (
+    select seq, grp
+    from messages
+    where grp is not null
+)"
     };
 }
 
@@ -163,7 +214,10 @@ with gone as (
     returning seq
 ),\n",
     delete_gone!(),
-    "\
+    ",
+",
+    give_turns!(),
+    "
 select seq
 from gone"
 );
@@ -177,14 +231,18 @@ with gone as (
         select ctid
         from ready
         where queue_id = (select id from queue where name = $1)
-        order by queue_id, rank, due_at, seq
+            and grp is null
+        order by queue_id, rank, lane, due_at, seq
         limit $2
         for update skip locked
     ))
     returning seq
 ),\n",
     delete_gone!(),
-    "\
+    ",
+",
+    give_turns!(),
+    "
 select count(*)
 from gone"
 );
@@ -205,7 +263,34 @@ with gone as (
     returning seq
 ),\n",
     delete_gone!(),
+    ",
+",
+    give_turns!(),
+    "
+select count(*)
+from gone"
+);
+
+// Lives on: the primary key of behind; see `delete_gone`.
+const PURGE_BEHIND: &str = concat!(
     "\
+with gone as (
+    delete from behind
+    where ctid = any(array(
+        select ctid
+        from behind
+        where queue_id = (select id from queue where name = $1)
+        order by queue_id, grp, seq
+        limit $2
+        for update skip locked
+    ))
+    returning seq
+),\n",
+    delete_gone!(),
+    ",
+",
+    give_turns!(),
+    "
 select count(*)
 from gone"
 );
@@ -215,6 +300,7 @@ pub(super) const STATEMENTS: &[&str] = &[
     RECORD,
     TAKE_READY,
     TAKE_SCHEDULED,
+    TAKE_BEHIND,
     CANCEL,
     WAIT,
     REDRIVE,
@@ -223,6 +309,7 @@ pub(super) const STATEMENTS: &[&str] = &[
     DELETE_DEAD,
     PURGE_READY,
     PURGE_SCHEDULED,
+    PURGE_BEHIND,
 ];
 
 /// How often to look again for a message that moves from place to place while we reach for it.
@@ -249,12 +336,19 @@ async fn change(
     for _ in 0..LOOKS {
         let Some(row) = find(connection, id).await? else { return Ok(Amended::NoSuchMessage) };
         let (seq, record) = (row.try_get("seq")?, rows::record(&row)?);
-        let take = match record.state {
-            State::Ready => TAKE_READY,
-            State::Scheduled => TAKE_SCHEDULED,
+        let in_group = record.head.details.group.is_some();
+        let places: &[&'static str] = match record.state {
+            State::Ready if in_group && amendment != Amendment::Cancel => {
+                return Ok(Amended::InGroup);
+            }
+            State::Ready if in_group => &[TAKE_BEHIND, TAKE_READY],
+            State::Ready => &[TAKE_READY],
+            State::Scheduled => &[TAKE_SCHEDULED],
             other => return Ok(Amended::Not(other)),
         };
-        if let Some(token) = query(take).bind::<i64>(seq).fetch_optional(&mut *connection).await? {
+        for take in places {
+            let token = query(*take).bind::<i64>(seq).fetch_optional(&mut *connection).await?;
+            let Some(token) = token else { continue };
             write(connection, seq, &record, &token, amendment).await?;
             let row = find(connection, id).await?.ok_or(Trouble::Overtaken)?;
             return Ok(Amended::Done(rows::record(&row)?));
@@ -303,8 +397,13 @@ fn word(record: &Record) -> Word {
         | State::Discarded
         | State::Dead
         | State::Expired
-        | State::Cancelled => Word::default(),
+        | State::Cancelled => Word::of_ready(group_of(record)),
     }
+}
+
+/// The queue in which the next one of its group may go.
+fn group_of(record: &Record) -> Option<QueueName> {
+    record.head.details.group.as_ref().map(|_| record.head.queue.clone())
 }
 
 pub(super) async fn redrive(
@@ -343,6 +442,7 @@ async fn bring_back(
         .bind(filter.until.map(rows::micros))
         .bind(filter.ids.iter().map(|id| id.0).collect::<Vec<_>>())
         .bind(i64::try_from(max).unwrap_or(i64::MAX))
+        .bind(filter.group_number())
         .fetch_all(connection)
         .await?;
     let read = |row: &PgRow| {
@@ -354,7 +454,12 @@ async fn bring_back(
 }
 
 pub(super) async fn delete_dead(store: &Postgres, id: MessageId) -> Result<Amended> {
-    store.hands.transact(move |connection| Box::pin(delete(connection, id))).await
+    let deleted =
+        store.hands.transact(move |connection| Box::pin(delete(connection, id))).await?;
+    if let Amended::Done(record) = &deleted {
+        store.herald.tell(Word::of_ready(group_of(record)));
+    }
+    Ok(deleted)
 }
 
 async fn delete(connection: &mut PgConnection, id: MessageId) -> Result<Amended, Trouble> {
@@ -379,8 +484,11 @@ pub(super) async fn purge(store: &Postgres, queue: &QueueName, max: usize) -> Re
                 if ready >= max {
                     return Ok(ready as u64);
                 }
-                let more = purge_some(connection, PURGE_SCHEDULED, &queue, max - ready).await?;
-                Ok((ready + more) as u64)
+                let mut purged = ready;
+                for statement in [PURGE_SCHEDULED, PURGE_BEHIND] {
+                    purged += purge_some(connection, statement, &queue, max - purged).await?;
+                }
+                Ok(purged as u64)
             })
         })
         .await

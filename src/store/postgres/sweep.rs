@@ -12,11 +12,12 @@ use crate::model::QueueName;
 use super::super::{EXPIRED, Result, Swept};
 use super::Postgres;
 use super::fault::Trouble;
+use super::groups::{blocks, give_turns};
 use super::surgery::delete_gone;
 use super::upkeep::{counts, limit};
 
 /// Ends messages that waited longer than their sender wanted: as expired, or as dead letters for the reason
-/// `$2` where their queue asks for that. Lives on: the primary keys of message, ended, dead and queue.
+/// `$2` where their queue asks for that. Lives on: the primary keys of message, ended, dead and queue; see `give_turns`.
 macro_rules! expire {
     ($table:literal) => {
         concat!(
@@ -51,7 +52,7 @@ moved as (
         end,
         finished_at = (select now from clock)
     where seq = any(array(select seq from gone))
-    returning finished_at, seq, queue_id, state = 5 as dead
+    returning finished_at, seq, queue_id, grp, state = 5 as dead
 ),
 died as (
     insert into dead (seq, finished_at, queue_id)
@@ -64,7 +65,18 @@ done as (
     select finished_at, seq, queue_id
     from moved
     where not dead
-)
+),
+finished as (
+    select seq, grp
+    from moved
+    where grp is not null
+        and not (dead and ",
+            blocks!(),
+            ")
+),
+",
+            give_turns!(),
+            "
 select (select name from queue where queue.id = moved.queue_id) as queue, dead, count(*) as n
 from moved
 group by queue_id, dead"
@@ -72,8 +84,9 @@ group by queue_id, dead"
     };
 }
 
-// Live on: ready_expiring and scheduled_expiring; see `expire`.
+// Live on: ready_expiring, behind_expiring and scheduled_expiring; see `expire`.
 const EXPIRE_READY: &str = expire!("ready");
+const EXPIRE_BEHIND: &str = expire!("behind");
 const EXPIRE_SCHEDULED: &str = expire!("scheduled");
 
 /// Deletes what is past its retention. See `delete_gone`.
@@ -109,7 +122,10 @@ gone as (
     returning seq
 ),\n",
             delete_gone!(),
-            "\
+            ",
+",
+            give_turns!(),
+            "
 select count(*)
 from gone"
         )
@@ -137,7 +153,11 @@ macro_rules! past_keys {
 /// Whether a key's message can still be delivered or is dead. Lives on: the primary key of message.
 macro_rules! key_is_needed {
     () => {
-        "coalesce((select state from message where message.seq = idempotency.seq) in (0, 5), false)"
+        "coalesce((
+    select case when idempotency.expires_at < 0 then state = 0 else state in (0, 5) end
+    from message
+    where message.seq = idempotency.seq
+), false)"
     };
 }
 
@@ -161,7 +181,8 @@ with gone as (
     select found.*
     from doomed
     cross join lateral (
-        select message.seq, message.queue_id, message.rank, message.due_at, message.finished_at
+        select message.seq, message.queue_id, message.rank, message.lane, message.due_at, message.grp,
+            message.finished_at
         from message
         where message.queue_id = doomed.queue_id
         order by message.queue_id, message.seq
@@ -180,6 +201,7 @@ from_ready as (
             from ready
             where ready.queue_id = gone.queue_id
                 and ready.rank = gone.rank
+                and ready.lane = gone.lane
                 and ready.due_at = gone.due_at
                 and ready.seq = gone.seq
             limit 1
@@ -204,6 +226,17 @@ from_lease as (
     delete from lease
     where seq = any(array(select seq from gone))
 ),
+from_behind as (
+    delete from behind
+    where queue_id = any(array(select queue_id from gone where grp is not null))
+        and grp = any(array(select grp from gone where grp is not null))
+        and seq = any(array(select seq from gone where grp is not null))
+),
+from_head as (
+    delete from head
+    where grp = any(array(select grp from gone where grp is not null))
+        and seq = any(array(select seq from gone where grp is not null))
+),
 from_dead as (
     delete from dead
     where seq = any(array(select seq from gone))
@@ -224,10 +257,33 @@ from_ended as (
     ))
 ),\n",
     delete_gone!(),
-    "\
+    "
 select count(*)
 from gone"
 );
+
+// Lives on: the primary key of ready. What is left there when its messages are gone are tokens of groups.
+const CLEAR_DOOMED_TOKENS: &str = "\
+with gone as (
+    delete from ready
+    where ctid = any(array(
+        select found.tid
+        from doomed
+        cross join lateral (
+            select ctid as tid, grp
+            from ready
+            where ready.queue_id = doomed.queue_id
+            order by ready.queue_id, ready.rank, ready.lane, ready.due_at, ready.seq
+            limit $1
+            for update skip locked
+        ) as found
+        where found.grp is not null
+        limit $1
+    ))
+    returning 1
+)
+select count(*)
+from gone";
 
 // Lives on: the primary key of idempotency.
 const CLEAR_DOOMED_KEYS: &str = "\
@@ -251,7 +307,7 @@ with gone as (
 select count(*)
 from gone";
 
-// Lives on: message_listed and the primary key of idempotency.
+// Lives on: message_listed and the primary keys of ready and idempotency.
 const FORGET_DOOMED: &str = "\
 delete from doomed
 where (
@@ -259,6 +315,13 @@ where (
         from message
         where message.queue_id = doomed.queue_id
         order by message.queue_id, message.seq
+        limit 1
+    ) is null
+    and (
+        select seq
+        from ready
+        where ready.queue_id = doomed.queue_id
+        order by ready.queue_id, ready.rank, ready.lane, ready.due_at, ready.seq
         limit 1
     ) is null
     and (
@@ -292,11 +355,13 @@ having sum(n) <> 0";
 pub(super) const STATEMENTS: &[&str] = &[
     EXPIRE_READY,
     EXPIRE_SCHEDULED,
+    EXPIRE_BEHIND,
     FORGET_ENDED,
     FORGET_DEAD,
     FORGET_KEYS,
     KEEP_KEYS,
     CLEAR_DOOMED,
+    CLEAR_DOOMED_TOKENS,
     CLEAR_DOOMED_KEYS,
     FORGET_DOOMED,
     FOLD,
@@ -313,7 +378,7 @@ pub(super) async fn sweep(store: &Postgres, max: usize) -> Result<Swept> {
 async fn sweep_all(connection: &mut PgConnection, max: i64) -> Result<Swept, Trouble> {
     let (mut expired, mut set_aside) = (BTreeMap::new(), BTreeMap::new());
     let mut more = false;
-    for statement in [EXPIRE_READY, EXPIRE_SCHEDULED] {
+    for statement in [EXPIRE_READY, EXPIRE_SCHEDULED, EXPIRE_BEHIND] {
         let ended = query(statement).bind(max).bind(EXPIRED);
         let mut ended = ended.fetch_all(&mut *connection).await?;
         more |= is_full(add(&mut expired, &ended)?, max);
@@ -351,9 +416,11 @@ fn add(all: &mut BTreeMap<Option<QueueName>, u64>, rows: &[PgRow]) -> Result<i64
 /// Deletes what is left of deleted queues; says whether there is more of it.
 async fn clear_doomed(connection: &mut PgConnection, max: i64) -> Result<bool, Trouble> {
     let messages: i64 = query_scalar(CLEAR_DOOMED).bind(max).fetch_one(&mut *connection).await?;
+    let tokens = query_scalar(CLEAR_DOOMED_TOKENS).bind(max);
+    let tokens: i64 = tokens.fetch_one(&mut *connection).await?;
     let keys: i64 = query_scalar(CLEAR_DOOMED_KEYS).bind(max).fetch_one(&mut *connection).await?;
     query(FORGET_DOOMED).execute(connection).await?;
-    Ok(is_full(messages, max) || is_full(keys, max))
+    Ok([messages, tokens, keys].into_iter().any(|count| is_full(count, max)))
 }
 
 fn is_full(count: i64, max: i64) -> bool {

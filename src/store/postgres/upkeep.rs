@@ -10,6 +10,7 @@ use crate::model::{QueueName, State};
 
 use super::super::{Promoted, Reaped, Result};
 use super::Postgres;
+use super::groups::{blocks, give_turns};
 use super::news::Word;
 use super::rows;
 
@@ -25,11 +26,11 @@ with due as (
         limit $1
         for update skip locked
     ))
-    returning queue_id, rank, due_at, seq, expires_at
+    returning queue_id, rank, lane, due_at, seq, expires_at
 ),
 made_ready as (
-    insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
-    select queue_id, rank, due_at, seq, expires_at, false
+    insert into ready (queue_id, rank, lane, due_at, seq, expires_at, urgent)
+    select queue_id, rank, lane, due_at, seq, expires_at, false
     from due
 )
 select (select name from queue where queue.id = due.queue_id) as queue, count(*) as n
@@ -46,7 +47,7 @@ limit 1";
 /// Takes leases back: a crash is counted, and the message is ready again or dead. `$which` selects the
 /// `ctid`s of leases, at most `$1`.
 ///
-/// Lives on: the primary keys of lease, queue, message, delivery, and of ready or dead.
+/// Lives on: the primary keys of lease, queue, message, delivery, and of ready or dead; see `give_turns`.
 macro_rules! take_back {
     ($with:literal, $which:literal) => {
         concat!(
@@ -95,11 +96,11 @@ moved as (
             then (select reasons from judged)[array_position((select seqs from judged), seq)]
         end
     where seq = any((select seqs from judged)::bigint[])
-    returning seq, id, queue_id, rank, due_at, expires_at, state, (select now from clock) as now
+    returning seq, id, queue_id, rank, lane, due_at, expires_at, state, grp, (select now from clock) as now
 ),
 made_ready as (
-    insert into ready (queue_id, rank, due_at, seq, expires_at, urgent)
-    select queue_id, rank, due_at, seq, expires_at, false
+    insert into ready (queue_id, rank, lane, due_at, seq, expires_at, urgent)
+    select queue_id, rank, lane, due_at, seq, expires_at, false
     from moved
     where state = 0
 ),
@@ -115,7 +116,19 @@ recorded as (
         'the lease ran out before an answer was written', ''
     from lost, clock
     on conflict (seq, number) do nothing
-)
+),
+finished as (
+    select seq, grp
+    from moved
+    where grp is not null
+        and state = 5
+        and not ",
+            blocks!(),
+            "
+),
+",
+            give_turns!(),
+            "
 select moved.id, queue.name as queue, moved.state
 from moved
 join queue on queue.id = moved.queue_id
@@ -186,7 +199,9 @@ pub(super) fn taken_back(rows: &[PgRow]) -> sqlx::Result<Vec<Reaped>> {
 
 /// What there is to tell of leases that were taken back.
 pub(super) fn word(reaped: &[Reaped]) -> Word {
-    let ready = reaped.iter().filter(|reaped| reaped.state == State::Ready);
+    // Of a group whose first message died, the next one is ready.
+    let waits = |state| matches!(state, State::Ready | State::Dead);
+    let ready = reaped.iter().filter(|reaped| waits(reaped.state));
     Word::of_ready(ready.map(|reaped| reaped.queue.clone()))
 }
 

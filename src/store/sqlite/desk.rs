@@ -17,6 +17,7 @@ use crate::telemetry::metrics;
 
 use super::super::{Handover, News, columns};
 use super::fault::{leaves_doubt, unreadable};
+use super::groups::Turns;
 use super::open::Opened;
 use super::rows;
 
@@ -31,6 +32,10 @@ pub(super) struct Desk {
     pub(super) queues: Queues,
     /// What the transaction has changed in the counts so far.
     pub(super) tally: Tally,
+    /// What the transaction has done to groups so far.
+    pub(super) turns: Turns,
+    /// Where the last claim of a queue ended whose messages take turns: the lane of its last message.
+    pub(super) last_lanes: HashMap<i64, i64>,
     /// What is to be told once it is committed.
     pub(super) word: Word,
     /// Whether messages are to be looked up by name before they are inserted.
@@ -118,6 +123,8 @@ impl Desk {
             now: 0,
             began: Instant::now(),
             tally: Tally::default(),
+            turns: Turns::default(),
+            last_lanes: HashMap::new(),
             word: Word::default(),
             careful: false,
             incarnation,
@@ -147,6 +154,7 @@ impl Desk {
         self.began = Instant::now();
         self.now = rows::micros(self.clock.now());
         self.tally = Tally::default();
+        self.turns = Turns::default();
         self.word = Word::default();
         self.chance = None;
         if self.queues_changed {
@@ -234,32 +242,45 @@ impl Desk {
     }
 
     /// Moves a message from one state to another in the counts.
-    pub(super) fn moved(&mut self, queue_id: i64, from: State, to: State) {
-        self.tally.add(queue_id, from, -1);
-        self.tally.add(queue_id, to, 1);
-        self.told(queue_id, to);
+    pub(super) fn moved(&mut self, queue_id: i64, from: impl Into<Count>, to: impl Into<Count>) {
+        self.went(queue_id, from);
+        self.came(queue_id, to);
     }
 
     /// Counts a message that is new.
-    pub(super) fn came(&mut self, queue_id: i64, state: State) {
-        self.tally.add(queue_id, state, 1);
-        self.told(queue_id, state);
+    pub(super) fn came(&mut self, queue_id: i64, to: impl Into<Count>) {
+        let to = to.into();
+        self.tally.add(queue_id, to, 1);
+        if let Count::State(state) = to {
+            self.told(queue_id, state);
+        }
     }
 
     /// Counts a message out.
-    pub(super) fn went(&mut self, queue_id: i64, state: State) {
-        self.tally.add(queue_id, state, -1);
+    pub(super) fn went(&mut self, queue_id: i64, from: impl Into<Count>) {
+        self.tally.add(queue_id, from.into(), -1);
+    }
+
+    /// Moves a message that was leased to another queue, in the counts and in its group.
+    pub(super) fn moved_to(&mut self, queue_id: i64, seq: i64, held: &Held) {
+        self.went(held.queue_id, State::Leased);
+        self.came(queue_id, Count::of_ready(held.group.is_some()));
+        if let Some(group) = held.group {
+            self.turns.gone(&[seq]);
+            self.turns.came(queue_id, group);
+        }
     }
 
     /// How many messages of a queue are unsettled, with what this transaction has changed so far.
     pub(super) fn unsettled(&self, queue_id: i64) -> i64 {
         let living = State::ALL.into_iter().filter(|state| state.lives());
-        living.map(|state| self.count(queue_id, state)).sum()
+        let living = living.map(Count::State).chain([Count::Behind]);
+        living.map(|count| self.count(queue_id, count)).sum()
     }
 
-    /// How many messages of a queue are in this state, with what this transaction has changed so far.
-    pub(super) fn count(&self, queue_id: i64, state: State) -> i64 {
-        let key = (queue_id, state);
+    /// How many messages of a queue are counted there, with what this transaction has changed so far.
+    pub(super) fn count(&self, queue_id: i64, count: impl Into<Count>) -> i64 {
+        let key = (queue_id, count.into());
         let before = self.counts.0.get(&key).copied().unwrap_or(0);
         before + self.tally.0.get(&key).copied().unwrap_or(0)
     }
@@ -358,13 +379,48 @@ impl Queues {
 
 /// How many messages of a queue are in which state.
 #[derive(Debug, Default)]
-struct Counts(HashMap<(i64, State), i64>);
+struct Counts(HashMap<(i64, Count), i64>);
+
+/// What is counted: messages by their state, and, of those that are ready, by themselves the ones that wait for
+/// their turn in a group.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Count {
+    State(State),
+    Behind,
+}
+
+impl From<State> for Count {
+    fn from(state: State) -> Self {
+        Self::State(state)
+    }
+}
+
+impl Count {
+    /// That of a message which is ready.
+    pub(super) fn of_ready(is_behind: bool) -> Self {
+        if is_behind { Self::Behind } else { Self::State(State::Ready) }
+    }
+
+    fn from_code(code: i64) -> sqlx::Result<Self> {
+        if code == i64::from(BEHIND) { Ok(Self::Behind) } else { rows::state(code).map(Self::State) }
+    }
+
+    fn code(self) -> i16 {
+        match self {
+            Self::State(state) => state.code(),
+            Self::Behind => BEHIND,
+        }
+    }
+}
+
+/// The number under which messages are counted that wait in groups; that of no state.
+const BEHIND: i16 = 8;
 
 impl Counts {
     async fn load(connection: &mut SqliteConnection) -> sqlx::Result<Self> {
         let mut counts = Self::default();
         for row in query(TALLY).fetch_all(connection).await? {
-            let key = (row.try_get("queue_id")?, rows::state(row.try_get("state")?)?);
+            let key = (row.try_get("queue_id")?, Count::from_code(row.try_get("state")?)?);
             counts.0.insert(key, row.try_get("n")?);
         }
         Ok(counts)
@@ -386,20 +442,21 @@ pub(super) struct Held {
     pub(super) enqueued_at: i64,
     pub(super) due_at: i64,
     pub(super) until: i64,
+    pub(super) group: Option<i64>,
 }
 
 /// What one transaction changes in the counts, written once at its end.
 #[derive(Debug, Default)]
-pub(super) struct Tally(HashMap<(i64, State), i64>);
+pub(super) struct Tally(HashMap<(i64, Count), i64>);
 
 impl Tally {
-    fn add(&mut self, queue_id: i64, state: State, n: i64) {
-        *self.0.entry((queue_id, state)).or_default() += n;
+    fn add(&mut self, queue_id: i64, count: Count, n: i64) {
+        *self.0.entry((queue_id, count)).or_default() += n;
     }
 
     fn changes(&self) -> Vec<(i64, i16, i64)> {
         let changed = self.0.iter().filter(|(_, n)| **n != 0);
-        changed.map(|((queue_id, state), n)| (*queue_id, state.code(), *n)).collect()
+        changed.map(|((queue_id, count), n)| (*queue_id, count.code(), *n)).collect()
     }
 }
 

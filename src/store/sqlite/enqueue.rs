@@ -8,12 +8,12 @@ use std::collections::HashMap;
 
 use sqlx::{Row, query};
 
-use crate::model::{Idempotency, Leased, MessageId, NewMessage, State};
+use crate::model::{Idempotency, Lasts, Leased, MessageId, NewMessage, State};
 
 use super::super::{
     Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Receipt, Refusal, Result, refusals,
 };
-use super::desk::{Desk, Held, Queue};
+use super::desk::{Count, Desk, Held, Queue};
 use super::fault::{of_one, unreadable};
 use super::rows::{self, Insert, Rows, Statement};
 use super::surgery;
@@ -94,6 +94,7 @@ struct NewRow<'a> {
     due_at: i64,
     expires_at: Option<i64>,
     receipt: Receipt,
+    group: Option<i64>,
     /// With which it is stored, because somebody has a place for it. Its sender is told `ready` all the same.
     lease: Option<NewLease>,
 }
@@ -107,7 +108,11 @@ struct NewKey {
     enqueued_at: i64,
     deliver_at: i64,
     expires_at: i64,
+    sweep_at: i64,
 }
+
+/// When a key expires that counts as long as its message can be delivered.
+const WHILE_PENDING: i64 = -1;
 
 /// A place in a plan to which it can be undone.
 #[derive(Debug, Clone, Copy)]
@@ -154,7 +159,7 @@ impl<'a> Plan<'a> {
     /// Takes back what was planned since then. News of it may still be told, and then is for nothing.
     pub(super) fn undo(&mut self, desk: &mut Desk, mark: Mark) {
         for row in self.rows.drain(mark.rows..) {
-            desk.went(row.queue_id, row.state());
+            desk.went(row.queue_id, row.count());
             self.named.remove(&row.message.id);
         }
         for key in self.keys.drain(mark.keys..) {
@@ -208,9 +213,19 @@ impl<'a> Plan<'a> {
             due_at,
             expires_at,
             receipt: receipt.clone(),
-            lease: if has_expired { None } else { lease(desk, queue, receipt.state) },
+            group: message.details.group_number(),
+            lease: None,
         };
-        desk.came(queue.id, row.state());
+        let lease = if has_expired || row.group.is_some() {
+            None
+        } else {
+            lease(desk, queue, receipt.state)
+        };
+        let row = NewRow { lease, ..row };
+        desk.came(queue.id, row.count());
+        if let Some(group) = row.group {
+            desk.turns.came(queue.id, group);
+        }
         for key in &message.keys {
             self.remember(desk, queue.id, *key, Some(&row));
         }
@@ -225,6 +240,13 @@ impl<'a> Plan<'a> {
         let queue = desk.queues.numbered(queue_id);
         let window = queue.map(|queue| queue.settings.dedup_window).unwrap_or_default();
         let answer = of.map(|row| row.receipt.clone());
+        let (expires_at, sweep_at) = match key.lasts {
+            Lasts::Window => {
+                let expires_at = rows::after(desk.now, window);
+                (expires_at, expires_at)
+            }
+            Lasts::WhilePending => (WHILE_PENDING, desk.now),
+        };
         self.known.insert((queue_id, key.key), Known { fingerprint: key.fingerprint, answer });
         self.keys.push(NewKey {
             queue_id,
@@ -233,23 +255,24 @@ impl<'a> Plan<'a> {
             id: of.map(|row| row.message.id),
             enqueued_at: desk.now,
             deliver_at: of.map_or(desk.now, |row| row.due_at),
-            expires_at: rows::after(desk.now, window),
+            expires_at,
+            sweep_at,
         });
     }
 }
 
 // Lives on: message, at its end, and content, at its end. Each row takes its place in message_id,
-// message_listed, one of message_ready, message_leased and message_due, where it expires in message_expiring, and where
-// it has a correlation id in content_correlation.
+// message_listed, one of message_ready, message_leased, message_due and message_behind, where it expires in
+// message_expiring, and where it has a correlation id in content_correlation.
 static INSERT_MESSAGES: Insert = Insert::into(&[
     Rows {
         head: "\
 insert into message (
     seq, id, queue_id, state, rank, due_at, urgent, attempts, failures, crashes, token,
-    leased_at, lease_until, incarnation, replica, enqueued_at, expires_at, size
+    leased_at, lease_until, incarnation, replica, enqueued_at, expires_at, size, grp, lane, behind
 )
 values\n",
-        row: "(?, ?, ?, ?, ?, ?, 0, ?, 0, 0, ?, ?, ?, ?, ?, ?, ?, ?)",
+        row: "(?, ?, ?, ?, ?, ?, 0, ?, 0, 0, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         tail: "",
     },
     Rows {
@@ -291,6 +314,10 @@ impl NewRow<'_> {
         if self.lease.is_some() { State::Leased } else { self.receipt.state }
     }
 
+    fn count(&self) -> Count {
+        if self.group.is_some() { Count::Behind } else { self.state().into() }
+    }
+
     /// What goes to the place that was kept for it, if there was one.
     fn handed(self, desk: &mut Desk) -> Option<(Place, Leased)> {
         let lease = self.lease?;
@@ -302,6 +329,7 @@ impl NewRow<'_> {
             enqueued_at: self.enqueued_at,
             due_at: self.due_at,
             until: lease.until.0,
+            group: None,
         };
         desk.leases.insert(self.seq, held);
         let expires_at = self.expires_at.and_then(|at| rows::moment(at).ok());
@@ -326,6 +354,9 @@ impl NewRow<'_> {
             .bind(row.enqueued_at)
             .bind(row.expires_at)
             .bind(i64::try_from(row.message.body.len()).unwrap_or(i64::MAX))
+            .bind(row.group)
+            .bind(i64::from(row.message.details.lane()))
+            .bind(i64::from(row.group.is_some()))
     }
 
     fn bind_content(statement: Statement, row: &Self) -> Statement {
@@ -351,7 +382,7 @@ impl NewKey {
             .bind(key.enqueued_at)
             .bind(key.deliver_at)
             .bind(key.expires_at)
-            .bind(key.expires_at)
+            .bind(key.sweep_at)
     }
 }
 
@@ -368,7 +399,8 @@ left join message
     on message.seq = idempotency.seq
     and message.id = idempotency.id
 where idempotency.expires_at > ?2
-    or message.state in (0, 1, 2, 5)";
+    or message.state in (0, 1, 2)
+    or (message.state = 5 and idempotency.expires_at >= 0)";
 
 // Lives on: message_id, then the primary keys of content and queue.
 const KNOWN_NAMES: &str = "\

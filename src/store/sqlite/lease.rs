@@ -41,39 +41,136 @@ pub(super) async fn lease(
 
 /// What a claim reads of message, as it stands in the list that [`READY`] makes.
 macro_rules! pick {
-    ($ready:literal) => {
+    ($ready:literal, $order:literal, $in_turn:literal) => {
         concat!(
             "\
 select json_group_array(json_array(
-    seq, hex(id), rank, due_at, attempts, failures, crashes, enqueued_at, expires_at, size
-))
+    seq, hex(id), rank, due_at, attempts, failures, crashes, enqueued_at, expires_at, size, grp, lane
+)), ",
+            $in_turn,
+            "
 from (
     select *
     from message ",
             $ready,
             "
         and message.state = 0
+        and message.behind = 0
         and (message.expires_at is null or message.expires_at > ?2)
-    order by message.rank, message.due_at, message.seq
+    ",
+            $order,
+            "
     limit ?3
 )"
         )
     };
 }
 
-// Lives on: message_ready, from its front. What has expired is passed over; the sweep takes it out of the way.
+// Lives on: message_ready, from its front, and one row of message_in_turn. What has expired is passed over; the sweep
+// takes it out of the way. Says besides whether messages are ready that take turns.
 const READY: &str = pick!(
     "\
 indexed by message_ready
-    where message.queue_id = ?1"
+    where message.queue_id = ?1",
+    "order by message.rank, message.lane, message.due_at, message.seq",
+    "\
+exists (
+    select 1
+    from message indexed by message_in_turn
+    where message.queue_id = ?1
+        and message.state = 0
+        and message.behind = 0
+        and message.lane <> 0
+)"
 );
+
+// Lives on: message_ready, one row for each lane. The highest priority that is ready, and of its lanes at most ?3:
+// those after ?4, and then those before it.
+const LANES: &str = "\
+with recursive front (rank) as (
+    select rank
+    from message indexed by message_ready
+    where queue_id = ?1
+        and state = 0
+        and behind = 0
+        and (expires_at is null or expires_at > ?2)
+    order by message.rank
+    limit 1
+),
+lanes (lane, n) as (
+    select ?4, 0
+    union all
+    select (
+        select min(message.lane)
+        from message indexed by message_ready
+        where message.queue_id = ?1
+            and message.rank = (select rank from front)
+            and message.lane > lanes.lane
+            and message.state = 0
+            and message.behind = 0
+            and (message.expires_at is null or message.expires_at > ?2)
+    ), lanes.n + 1
+    from lanes
+    where lanes.lane is not null and lanes.n <= ?3
+),
+wrapped (lane, n) as (
+    select -1, 0
+    union all
+    select (
+        select min(message.lane)
+        from message indexed by message_ready
+        where message.queue_id = ?1
+            and message.rank = (select rank from front)
+            and message.lane > wrapped.lane
+            and message.lane <= ?4
+            and message.state = 0
+            and message.behind = 0
+            and (message.expires_at is null or message.expires_at > ?2)
+    ), wrapped.n + 1
+    from wrapped
+    where wrapped.lane is not null and wrapped.n <= ?3
+)
+select (select rank from front), json_group_array(lane)
+from (
+    select lane from lanes where n > 0 and lane is not null
+    union all
+    select lane from wrapped where n > 0 and lane is not null
+    limit ?3
+)";
+
+// Lives on: message_ready, from the front of each of the lanes ?5 of the priority ?4: at most ?6 of each.
+const IN_TURN: &str = "\
+select json_group_array(json_array(
+    seq, hex(id), rank, due_at, attempts, failures, crashes, enqueued_at, expires_at, size, grp, lane
+))
+from (
+    select message.*, turns.key as turn,
+        row_number() over (partition by turns.key order by message.due_at, message.seq) as round
+    from json_each(?5) as turns
+    cross join message on message.seq in (
+        select first.seq
+        from message as first indexed by message_ready
+        where first.queue_id = ?1
+            and first.rank = ?4
+            and first.lane = turns.value
+            and first.state = 0
+            and first.behind = 0
+            and (first.expires_at is null or first.expires_at > ?2)
+        order by first.due_at, first.seq
+        limit ?6
+    )
+    order by round, turn
+    limit ?3
+)";
 
 // Lives on: message_urgent, from its front.
 const URGENT: &str = pick!(
     "\
 indexed by message_urgent
     where message.queue_id = ?1
-        and message.urgent = 1"
+        and message.urgent = 1",
+    "order by message.rank, message.due_at, message.seq",
+    "false"
 );
 
 /// A message that is ready, as [`READY`] lists it.
@@ -89,6 +186,8 @@ struct Picked {
     enqueued_at: i64,
     expires_at: Option<i64>,
     size: i64,
+    grp: Option<i64>,
+    lane: i64,
 }
 
 /// The first that are ready, as many as may be read at once: always one, and then as far as their payloads
@@ -103,8 +202,11 @@ async fn pick(
     let max = i64::try_from(max).unwrap_or(i64::MAX);
     let ready = query(text).bind(queue.id).bind(desk.now).bind(max);
     let ready = ready.fetch_one(&mut desk.connection).await?;
-    let mut picked = serde_json::from_str::<Vec<Picked>>(ready.try_get(0)?)
-        .map_err(|_| unreadable("what is ready is not what was listed"))?;
+    let mut picked = list_of(ready.try_get(0)?)?;
+    let in_turn = ready.try_get(1)?;
+    if in_turn {
+        picked = pick_in_turn(desk, queue, max).await?;
+    }
     let mut bytes = 0;
     let fits = |message: &&Picked| {
         bytes += usize::try_from(message.size).unwrap_or(0);
@@ -112,7 +214,34 @@ async fn pick(
     };
     let fitting = picked.iter().take_while(fits).count();
     picked.truncate(fitting.max(1));
+    if in_turn && let Some(last) = picked.last() {
+        desk.last_lanes.insert(queue.id, last.lane);
+    }
     Ok(picked)
+}
+
+/// Of the highest priority, round the lanes, on from where the last claim ended.
+async fn pick_in_turn(desk: &mut Desk, queue: &Queue, max: i64) -> sqlx::Result<Vec<Picked>> {
+    let last = desk.last_lanes.get(&queue.id).copied().unwrap_or(0);
+    let lanes = query(LANES).bind(queue.id).bind(desk.now).bind(max).bind(last);
+    let lanes = lanes.fetch_one(&mut desk.connection).await?;
+    let (rank, lanes): (Option<i64>, String) = (lanes.try_get(0)?, lanes.try_get(1)?);
+    let count = serde_json::from_str::<Vec<i64>>(&lanes).map_or(0, |lanes| lanes.len());
+    let each = usize::try_from(max).unwrap_or(usize::MAX).div_ceil(count.max(1));
+    let picked = query(IN_TURN)
+        .bind(queue.id)
+        .bind(desk.now)
+        .bind(max)
+        .bind(rank)
+        .bind(lanes)
+        .bind(i64::try_from(each).unwrap_or(i64::MAX))
+        .fetch_one(&mut desk.connection)
+        .await?;
+    list_of(picked.try_get(0)?)
+}
+
+fn list_of(picked: &str) -> sqlx::Result<Vec<Picked>> {
+    serde_json::from_str(picked).map_err(|_| unreadable("what is ready is not what was listed"))
 }
 
 /// Lives on: the primary key of message. Leaves message_ready and message_urgent for message_leased.
@@ -193,6 +322,7 @@ async fn take(
                     enqueued_at: message.enqueued_at,
                     due_at: message.due_at,
                     until: lease_until,
+                    group: message.grp,
                 };
                 desk.leases.insert(message.seq, held);
                 taken.good.push(leased);
@@ -329,6 +459,7 @@ async fn mark_unreadable(
     for (seq, why) in unreadable {
         tracing::error!(queue = %queue.name, seq, why, "set aside a message that cannot be read");
         desk.moved(queue.id, State::Leased, State::Dead);
+        desk.turns.ended(Some(queue), *seq, State::Dead);
         desk.word.unreadable.push(queue.name.clone());
     }
     Ok(())
@@ -374,4 +505,4 @@ pub(super) async fn renew(
 
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] =
-    &[READY, URGENT, MARK_LEASED, CONTENTS, MARK_UNREADABLE, RENEW];
+    &[READY, LANES, IN_TURN, URGENT, MARK_LEASED, CONTENTS, MARK_UNREADABLE, RENEW];

@@ -97,7 +97,7 @@ struct Way {
 }
 
 // The parameters: 1 before, 2 floor, 3 queue, 4 state, 5 kind, 6 correlation id, 7 since, 8 until,
-// 9 limit, 10 ids.
+// 9 limit, 10 ids, 11 group.
 macro_rules! way {
     ($from:literal, $join:literal, $which:literal, $seq:literal) => {
         Way {
@@ -152,7 +152,8 @@ macro_rules! filtered {
     and (?5 is null or content.kind = ?5)
     and (?6 is null or content.correlation_id = ?6)
     and (?7 is null or message.enqueued_at >= ?7)
-    and (?8 is null or message.enqueued_at < ?8)"
+    and (?8 is null or message.enqueued_at < ?8)
+    and (?11 is null or message.grp = ?11)"
     };
 }
 
@@ -169,6 +170,14 @@ const OF_QUEUE: Way = way!(
     "message indexed by message_listed",
     "left join content on content.seq = message.seq",
     "message.queue_id = (select id from queue where name = ?3)",
+    "message.seq"
+);
+
+// Lives on: message_grouped, downwards.
+const OF_GROUP: Way = way!(
+    "message indexed by message_grouped",
+    "left join content on content.seq = message.seq",
+    "message.queue_id = (select id from queue where name = ?3) and message.grp = ?11",
     "message.seq"
 );
 
@@ -221,6 +230,7 @@ pub(super) async fn messages(
     let limit = i64::try_from(page.limit).unwrap_or(i64::MAX).saturating_add(1);
     let mut statement = query(text).bind(before).bind(floor.unwrap_or(0));
     statement = bind_filter(statement, filter).bind(limit).bind(names(filter));
+    statement = statement.bind(filter.group_number());
     let mut found = statement.fetch_all(reader).await?;
     let more = found.len() > page.limit;
     found.truncate(page.limit);
@@ -236,6 +246,7 @@ fn way(filter: &Filter) -> Option<&'static Way> {
     let dead = filter.state == Some(State::Dead);
     Some(match (&filter.correlation_id, &filter.queue) {
         (Some(_), _) => &CORRELATED,
+        (None, Some(_)) if filter.group.is_some() => &OF_GROUP,
         (None, Some(_)) if dead => &DEAD_OF_QUEUE,
         (None, Some(_)) => &OF_QUEUE,
         (None, None) if dead => &DEAD,
@@ -256,7 +267,12 @@ async fn floor(
         .bind(filter.queue.as_ref().map(|queue| queue.as_str().to_owned()))
         .bind(None::<i64>)
         .bind(None::<String>)
-        .bind(filter.correlation_id.clone());
+        .bind(filter.correlation_id.clone())
+        .bind(None::<i64>)
+        .bind(None::<i64>)
+        .bind(None::<i64>)
+        .bind(None::<String>)
+        .bind(filter.group_number());
     floor.fetch_optional(reader).await
 }
 
@@ -320,25 +336,28 @@ pub(super) async fn oldest_dead(
     let filter = Filter { state: Some(State::Dead), ..filter.clone() };
     let statement = bind_filter(query(text).bind(None::<i64>).bind(None::<i64>), &filter);
     let max = i64::try_from(max).unwrap_or(i64::MAX);
-    let found = statement.bind(max).bind(names(&filter)).fetch_all(reader).await?;
+    let statement = statement.bind(max).bind(names(&filter)).bind(filter.group_number());
+    let found = statement.fetch_all(reader).await?;
     found.iter().map(|row| row.try_get("seq")).collect()
 }
 
 // Lives on: queue, read whole, the primary key of tally, and message_ready, of which it reads two rows
-// for each priority in use, because the order of lease goes by priority first.
+// for each priority in use, because the order of lease goes by priority first; and one row each of message_in_turn
+// and message_behind_since.
 const DEPTHS: &str = "\
 with recursive ranks (queue_id, rank) as (
     select queue.id, (
         select min(message.rank)
         from message indexed by message_ready
-        where message.queue_id = queue.id and message.state = 0
+        where message.queue_id = queue.id and message.state = 0 and message.behind = 0
     )
     from queue
     union all
     select ranks.queue_id, (
         select min(message.rank)
         from message indexed by message_ready
-        where message.queue_id = ranks.queue_id and message.state = 0 and message.rank > ranks.rank
+        where message.queue_id = ranks.queue_id and message.state = 0 and message.behind = 0
+            and message.rank > ranks.rank
     )
     from ranks
     where ranks.rank is not null
@@ -347,13 +366,24 @@ oldest (queue_id, due_at) as (
     select ranks.queue_id, min((
         select min(message.due_at)
         from message indexed by message_ready
-        where message.queue_id = ranks.queue_id and message.state = 0 and message.rank = ranks.rank
+        where message.queue_id = ranks.queue_id and message.state = 0 and message.behind = 0
+            and message.rank = ranks.rank and message.lane = 0
     ))
     from ranks
     where ranks.rank is not null
     group by ranks.queue_id
 )
-select queue.name, oldest.due_at,
+select queue.name, oldest.due_at, (
+        select min(message.due_at)
+        from message indexed by message_in_turn
+        where message.queue_id = queue.id and message.state = 0 and message.behind = 0
+            and message.lane <> 0
+    ) as in_turn, (
+        select min(message.due_at)
+        from message indexed by message_behind_since
+        where message.queue_id = queue.id and message.behind = 1
+    ) as behind_since,
+    (select n from tally where queue_id = queue.id and state = 8) as behind,
     (select n from tally where queue_id = queue.id and state = 0) as ready,
     (select n from tally where queue_id = queue.id and state = 1) as scheduled,
     (select n from tally where queue_id = queue.id and state = 2) as leased,
@@ -379,10 +409,14 @@ fn depth(row: &SqliteRow, queue: QueueName, now: i64) -> sqlx::Result<Depth> {
         let n: Option<i64> = row.try_get(column)?;
         Ok(u64::try_from(n.unwrap_or(0)).unwrap_or(0))
     };
-    let oldest: Option<i64> = row.try_get("due_at")?;
+    let oldest = ["due_at", "in_turn", "behind_since"].map(|column| row.try_get(column));
+    let oldest = oldest.into_iter().collect::<sqlx::Result<Vec<Option<i64>>>>()?;
+    let oldest = oldest.into_iter().flatten().min();
+    let behind = count("behind")?;
     Ok(Depth {
         queue,
-        ready: count("ready")?,
+        ready: count("ready")? + behind,
+        behind,
         scheduled: count("scheduled")?,
         leased: count("leased")?,
         dead: count("dead")?,
@@ -392,7 +426,7 @@ fn depth(row: &SqliteRow, queue: QueueName, now: i64) -> sqlx::Result<Depth> {
 
 /// The statements of this file.
 pub(super) fn statements() -> impl Iterator<Item = &'static str> {
-    let ways = [ALL, OF_QUEUE, DEAD, DEAD_OF_QUEUE, CORRELATED];
+    let ways = [ALL, OF_QUEUE, OF_GROUP, DEAD, DEAD_OF_QUEUE, CORRELATED];
     let ways = ways.into_iter().flat_map(|way| [way.floor, way.page]);
     ways.chain([MESSAGE, DELIVERIES, PAYLOAD, NAMED, DEPTHS]).chain([
         OLDEST_DEAD,

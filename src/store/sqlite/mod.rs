@@ -19,6 +19,7 @@ mod lease;
 mod settle;
 mod queues;
 mod surgery;
+mod groups;
 mod listing;
 mod upkeep;
 mod sweep;
@@ -91,6 +92,7 @@ impl Sqlite {
             lease::STATEMENTS,
             queues::STATEMENTS,
             surgery::STATEMENTS,
+            groups::STATEMENTS,
             upkeep::STATEMENTS,
             sweep::STATEMENTS,
             &[WRITE_SOMETHING, VERSION],

@@ -3,12 +3,14 @@
 use sqlx::sqlite::SqliteRow;
 use sqlx::{Row, SqliteExecutor, query, query_scalar};
 
-use crate::model::{Guard, GuardChange, QueueName, QueueRecord, QueueSettings, RunState};
+use crate::model::{
+    GroupOnDead, Guard, GuardChange, QueueName, QueueRecord, QueueSettings, RunState,
+};
 
 use super::super::{DeleteQueue, Precondition, PumpRecord, PutQueue};
 use super::desk::Desk;
 use super::fault::unreadable;
-use super::rows;
+use super::{groups, rows};
 
 // Lives on: queue, read whole; there are few.
 const ALL: &str = "\
@@ -66,6 +68,12 @@ pub(super) async fn put(
         .execute(&mut desk.connection)
         .await?;
     changed(desk).await?;
+    let known = desk.queues.named(name).ok().flatten();
+    if settings.group_on_dead == GroupOnDead::Next
+        && let Some(known) = known
+    {
+        groups::unblock(desk, known.id).await?;
+    }
     let record = QueueRecord { name: name.clone(), settings, state, guard };
     Ok(if is_new { PutQueue::Created(record) } else { PutQueue::Replaced(record) })
 }
@@ -74,7 +82,7 @@ pub(super) async fn put(
 const UNFINISHED: &str = "\
 select coalesce(sum(n), 0)
 from tally
-where queue_id = ? and state in (0, 1, 2, 5)";
+where queue_id = ? and state in (0, 1, 2, 5, 8)";
 
 // Lives on: the primary key of tally.
 const DELETE_TALLY: &str = "\

@@ -37,7 +37,7 @@ pub(super) async fn settle<'a>(
 // Lives on: the primary keys of message and queue.
 const HELD: &str = "\
 select message.seq, message.id, message.queue_id, message.token, message.enqueued_at,
-    message.due_at, message.lease_until
+    message.due_at, message.lease_until, message.grp
 from json_each(?1) as wanted
 cross join message on message.seq = wanted.value
 where message.state = 2
@@ -68,6 +68,7 @@ async fn load_held(desk: &mut Desk, settles: &[&Settle]) -> sqlx::Result<HashMap
             enqueued_at: row.try_get("enqueued_at")?,
             due_at: row.try_get("due_at")?,
             until: row.try_get("lease_until")?,
+            group: row.try_get("grp")?,
         };
         held.insert(row.try_get("seq")?, message);
     }
@@ -98,11 +99,14 @@ fn decide<'a>(
     changes.deliveries.extend(settle.delivery.iter().map(|record| (lease.seq, record)));
     if let Some(target) = target {
         changes.moved.push((lease.seq, target.id));
-        desk.went(message.queue_id, State::Leased);
-        desk.came(target.id, State::Ready);
+        desk.moved_to(target.id, lease.seq, &message);
     } else {
         let state = changes.add(desk.now, lease.seq, &message, &settle.settlement);
         desk.moved(message.queue_id, State::Leased, state);
+        if message.group.is_some() && !state.lives() {
+            let queue = desk.queues.numbered(message.queue_id).map(|queue| &**queue);
+            desk.turns.ended(queue, lease.seq, state);
+        }
     }
     Ok(Settled::Done { age: rows::since(message.enqueued_at, desk.now) })
 }
@@ -192,7 +196,7 @@ where message.seq = settled.value ->> 0";
 // that of the other.
 const MOVE: &str = "\
 update message
-set queue_id = moved.value ->> 1, state = 0, due_at = ?2, failures = 0, crashes = 0
+set queue_id = moved.value ->> 1, state = 0, due_at = ?2, failures = 0, crashes = 0, behind = grp is not null
 from json_each(?1) as moved
 where message.seq = moved.value ->> 0";
 

@@ -5,7 +5,7 @@ use sqlx::{Row, query, query_scalar};
 use crate::model::{MessageId, QueueName, State};
 
 use super::super::{Amended, Amendment};
-use super::desk::Desk;
+use super::desk::{Count, Desk};
 use super::listing;
 use super::rows;
 
@@ -19,6 +19,10 @@ pub(super) async fn amend(
     if !found.state.waits() {
         return Ok(Amended::Not(found.state));
     }
+    let in_group = found.group.is_some();
+    if amendment != Amendment::Cancel && in_group && found.state == State::Ready {
+        return Ok(Amended::InGroup);
+    }
     let state = match amendment {
         Amendment::Cancel => cancel(desk, &found).await?,
         Amendment::RunNow => run_now(desk, &found).await?,
@@ -27,7 +31,7 @@ pub(super) async fn amend(
             reschedule(desk, &found, due_at).await?
         }
     };
-    desk.moved(found.queue_id, found.state, state);
+    desk.moved(found.queue_id, found.count, state);
     done(desk, id).await
 }
 
@@ -35,11 +39,13 @@ struct Found {
     seq: i64,
     queue_id: i64,
     state: State,
+    group: Option<i64>,
+    count: Count,
 }
 
 // Lives on: message_id, then the primary key of queue.
 const FIND: &str = "\
-select seq, queue_id, state
+select seq, queue_id, state, grp, behind
 from message
 where id = ? and queue_id in (select id from queue)";
 
@@ -47,7 +53,10 @@ async fn find(desk: &mut Desk, id: MessageId) -> sqlx::Result<Option<Found>> {
     let found = query(FIND).bind(id.0.as_bytes().to_vec());
     let Some(row) = found.fetch_optional(&mut desk.connection).await? else { return Ok(None) };
     let (seq, queue_id) = (row.try_get("seq")?, row.try_get("queue_id")?);
-    Ok(Some(Found { seq, queue_id, state: rows::state(row.try_get("state")?)? }))
+    let (state, group) = (rows::state(row.try_get("state")?)?, row.try_get("grp")?);
+    let is_behind: bool = row.try_get("behind")?;
+    let count = if is_behind { Count::Behind } else { state.into() };
+    Ok(Some(Found { seq, queue_id, state, group, count }))
 }
 
 async fn done(desk: &mut Desk, id: MessageId) -> sqlx::Result<Amended> {
@@ -58,12 +67,15 @@ async fn done(desk: &mut Desk, id: MessageId) -> sqlx::Result<Amended> {
 // Lives on: the primary key of message.
 const CANCEL: &str = "\
 update message
-set state = 7, urgent = 0, finished_at = ?2, reason = 'cancelled while it waited'
+set state = 7, urgent = 0, behind = 0, finished_at = ?2, reason = 'cancelled while it waited'
 where seq = ?1";
 
 async fn cancel(desk: &mut Desk, found: &Found) -> sqlx::Result<State> {
     let cancel = query(CANCEL).bind(found.seq).bind(desk.now);
     cancel.execute(&mut desk.connection).await?;
+    if found.group.is_some() {
+        desk.turns.gone(&[found.seq]);
+    }
     Ok(State::Cancelled)
 }
 
@@ -92,16 +104,17 @@ async fn reschedule(desk: &mut Desk, found: &Found, due_at: i64) -> sqlx::Result
     Ok(state)
 }
 
-// Lives on: the primary keys of message and queue. Leaves message_dead and message_ended for
+// Lives on: the primary keys of message, queue and head. Leaves message_dead and message_ended for
 // message_ready. Whoever redrives a message wants it delivered, and not expired by the next sweep. Only what is still dead, because the list was made before this transaction.
 const REDRIVE: &str = "\
 update message
 set state = 0, due_at = ?2, failures = 0, crashes = 0, finished_at = null, reason = null,
+    behind = grp is not null and seq not in (select seq from head where head.seq = message.seq),
     expires_at = case when expires_at > ?2 then expires_at end
 where seq in (select value from json_each(?1))
     and state = 5
     and queue_id in (select id from queue)
-returning seq, queue_id, id";
+returning seq, queue_id, id, grp, behind";
 
 /// Makes these dead letters ready again, in this order; what is no longer dead is passed over.
 pub(super) async fn redrive(desk: &mut Desk, dead: &[i64]) -> sqlx::Result<Vec<MessageId>> {
@@ -109,7 +122,9 @@ pub(super) async fn redrive(desk: &mut Desk, dead: &[i64]) -> sqlx::Result<Vec<M
     let mut redriven = Vec::new();
     for row in redrive.fetch_all(&mut desk.connection).await? {
         let (seq, queue_id): (i64, i64) = (row.try_get("seq")?, row.try_get("queue_id")?);
-        desk.moved(queue_id, State::Dead, State::Ready);
+        let (group, is_behind): (Option<i64>, bool) = (row.try_get("grp")?, row.try_get("behind")?);
+        desk.moved(queue_id, State::Dead, Count::of_ready(is_behind));
+        group.into_iter().for_each(|group| desk.turns.came(queue_id, group));
         redriven.push((seq, rows::shown_id(&row)));
     }
     redriven.sort_unstable_by_key(|(seq, _)| *seq);
@@ -132,7 +147,14 @@ pub(super) async fn delete_dead(desk: &mut Desk, id: MessageId) -> sqlx::Result<
 const WAITING_READY: &str = "\
 select seq
 from message indexed by message_ready
-where queue_id = ? and state = 0
+where queue_id = ? and state = 0 and behind = 0
+limit ?";
+
+// Lives on: message_behind.
+const WAITING_BEHIND: &str = "\
+select seq
+from message indexed by message_behind
+where queue_id = ? and behind = 1
 limit ?";
 
 // Lives on: message_scheduled.
@@ -146,13 +168,16 @@ limit ?";
 pub(super) async fn purge(desk: &mut Desk, queue: &QueueName, max: usize) -> sqlx::Result<u64> {
     let Some(queue) = desk.queues.named(queue)? else { return Ok(0) };
     let mut purged = 0;
-    for (text, state) in [(WAITING_READY, State::Ready), (WAITING_SCHEDULED, State::Scheduled)] {
+    let behind = (WAITING_BEHIND, Count::Behind);
+    let ready = (WAITING_READY, Count::from(State::Ready));
+    let scheduled = (WAITING_SCHEDULED, Count::from(State::Scheduled));
+    for (text, count) in [ready, scheduled, behind] {
         let left = i64::try_from(max - purged).unwrap_or(i64::MAX);
         let waiting = query_scalar::<_, i64>(text).bind(queue.id).bind(left);
         let waiting = waiting.fetch_all(&mut desk.connection).await?;
         delete(desk, &waiting).await?;
         for _ in &waiting {
-            desk.went(queue.id, state);
+            desk.went(queue.id, count);
         }
         purged += waiting.len();
     }
@@ -179,6 +204,7 @@ pub(super) async fn delete(desk: &mut Desk, messages: &[i64]) -> sqlx::Result<()
     if messages.is_empty() {
         return Ok(());
     }
+    desk.turns.gone(messages);
     let messages = rows::list(messages.iter().copied());
     for text in [DELETE_DELIVERIES, DELETE_CONTENTS, DELETE_MESSAGES] {
         query(text).bind(messages.clone()).execute(&mut desk.connection).await?;
@@ -194,6 +220,7 @@ pub(super) const STATEMENTS: &[&str] = &[
     RESCHEDULE,
     REDRIVE,
     WAITING_READY,
+    WAITING_BEHIND,
     WAITING_SCHEDULED,
     DELETE_DELIVERIES,
     DELETE_CONTENTS,

@@ -9,7 +9,7 @@ use sqlx::{Row, query, query_scalar};
 use crate::model::{OnExpiry, QueueName, State};
 
 use super::super::Swept;
-use super::desk::Desk;
+use super::desk::{Count, Desk};
 use super::upkeep::limit;
 use super::{rows, surgery};
 
@@ -81,7 +81,7 @@ async fn clear_doomed(desk: &mut Desk, max: usize) -> sqlx::Result<bool> {
 
 // Lives on: message_expiring, from its front, and the primary key of queue.
 const EXPIRED: &str = "\
-select seq, queue_id, state
+select seq, queue_id, state, grp, behind
 from message indexed by message_expiring
 where expires_at <= ?1 and state in (0, 1) and queue_id in (select id from queue)
 order by expires_at
@@ -90,7 +90,7 @@ limit ?2";
 // Lives on: the primary key of message. Leaves the indexes of what waits for message_ended or message_dead.
 const EXPIRE: &str = "\
 update message
-set state = expired.value ->> 1, urgent = 0, finished_at = ?2, reason = expired.value ->> 2
+set state = expired.value ->> 1, urgent = 0, behind = 0, finished_at = ?2, reason = expired.value ->> 2
 from json_each(?1) as expired
 where message.seq = expired.value ->> 0";
 
@@ -101,8 +101,8 @@ async fn expire(desk: &mut Desk, max: usize) -> sqlx::Result<(Vec<i64>, Vec<i64>
     let (mut queues, mut set_aside) = (Vec::new(), Vec::new());
     for row in expired.fetch_all(&mut desk.connection).await? {
         let queue_id = row.try_get("queue_id")?;
-        let queue = desk.queues.numbered(queue_id);
-        let on_expiry = queue.map_or(OnExpiry::Expire, |queue| queue.settings.on_expiry);
+        let queue = desk.queues.numbered(queue_id).cloned();
+        let on_expiry = queue.as_ref().map_or(OnExpiry::Expire, |queue| queue.settings.on_expiry);
         let (state, reason) = match on_expiry {
             OnExpiry::Expire => (State::Expired, None),
             OnExpiry::DeadLetter => {
@@ -110,8 +110,17 @@ async fn expire(desk: &mut Desk, max: usize) -> sqlx::Result<(Vec<i64>, Vec<i64>
                 (State::Dead, Some(super::super::EXPIRED))
             }
         };
-        messages.push((row.try_get("seq")?, state.code(), reason));
-        desk.moved(queue_id, rows::state(row.try_get("state")?)?, state);
+        let seq = row.try_get("seq")?;
+        messages.push((seq, state.code(), reason));
+        let is_behind = row.try_get("behind")?;
+        let before = match rows::state(row.try_get("state")?)? {
+            State::Ready => Count::of_ready(is_behind),
+            other => other.into(),
+        };
+        desk.moved(queue_id, before, state);
+        if row.try_get::<Option<i64>, _>("grp")?.is_some() {
+            desk.turns.ended(queue.as_deref(), seq, state);
+        }
         queues.push(queue_id);
     }
     if !messages.is_empty() {
@@ -161,7 +170,8 @@ async fn forget_messages(desk: &mut Desk, max: usize) -> sqlx::Result<usize> {
 
 // Lives on: idempotency_sweep, from its front, then the primary key of message.
 const IDLE_KEYS: &str = "\
-select idempotency.queue_id, idempotency.key, message.state in (0, 1, 2, 5) as needed
+select idempotency.queue_id, idempotency.key,
+    message.state in (0, 1, 2) or (message.state = 5 and idempotency.expires_at >= 0) as needed
 from idempotency indexed by idempotency_sweep
 left join message
     on message.seq = idempotency.seq

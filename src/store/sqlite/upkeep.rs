@@ -46,7 +46,7 @@ pub(super) async fn promote(desk: &mut Desk, max: usize) -> sqlx::Result<Promote
 
 // Lives on: message_leased, from its front. Passes over queues whose settings are not known.
 const RUN_OUT: &str = "\
-select seq, id, queue_id, attempts, crashes, leased_at, due_at, replica
+select seq, id, queue_id, attempts, crashes, leased_at, due_at, replica, grp
 from message indexed by message_leased
 where state = 2 and lease_until <= ?1 and queue_id in (select value from json_each(?3))
 order by lease_until
@@ -86,6 +86,9 @@ async fn take_back(desk: &mut Desk, leased: &[SqliteRow]) -> sqlx::Result<Vec<Re
         records.push((seq, lost_delivery(row, desk.now)?));
         reaped.push(Reaped { id: rows::shown_id(row), queue: queue.name.clone(), state });
         desk.moved(queue.id, State::Leased, state);
+        if state == State::Dead && row.try_get::<Option<i64>, _>("grp")?.is_some() {
+            desk.turns.ended(Some(&queue), seq, state);
+        }
         desk.leases.remove(&seq);
     }
     if lost.is_empty() {
@@ -130,7 +133,7 @@ fn nobody() -> ReplicaName {
 
 // Lives on: message_leased, read whole: as many rows as deliveries were open in the process that died.
 const LEFT_BEHIND: &str = "\
-select seq, id, queue_id, attempts, crashes, leased_at, due_at, replica
+select seq, id, queue_id, attempts, crashes, leased_at, due_at, replica, grp
 from message indexed by message_leased
 where state = 2 and lease_until > -1 and incarnation <> ?1
     and queue_id in (select value from json_each(?2))";

@@ -25,7 +25,7 @@ use super::super::{
 use super::desk::Desk;
 use super::enqueue::{self, Plan};
 use super::fault::{fault, is_known_already, of_one};
-use super::{lease, settle};
+use super::{groups, lease, settle};
 
 /// How many calls may wait in each queue; who comes later waits outside.
 const CALLS_WAITING_MAX: usize = 1024;
@@ -307,6 +307,7 @@ async fn apply(desk: &mut Desk, batch: &Batch) -> sqlx::Result<Answers> {
     let settles = settle::settle(desk, &mut plan, &settles).await?;
     let enqueues = enqueue::plan_calls(desk, &mut plan, calls.iter().copied());
     let handed = plan.write(desk).await?;
+    groups::line_up(desk).await?;
     let mut claims = Vec::with_capacity(batch.claims.len());
     for (asked, _) in &batch.claims {
         claims.push(match desk.queues.named(&asked.claim.queue) {
@@ -315,6 +316,8 @@ async fn apply(desk: &mut Desk, batch: &Batch) -> sqlx::Result<Answers> {
             Err(error) => Err(of_one(error)),
         });
     }
+    // What a claim could not read is dead, and its group goes on.
+    groups::line_up(desk).await?;
     Ok(Answers { settles, enqueues, claims, handed })
 }
 
@@ -374,7 +377,7 @@ async fn run_errand(desk: &mut Desk, errand: Errand, reply: Reply<Box<dyn Any + 
     let started = Instant::now();
     let done = match desk.begin().await {
         Ok(()) => match errand(desk).await {
-            Ok(answer) => desk.commit().await.map(|()| answer),
+            Ok(answer) => end(desk).await.map(|()| answer),
             Err(error) => Err(error),
         },
         Err(error) => Err(error),
@@ -384,4 +387,9 @@ async fn run_errand(desk: &mut Desk, errand: Errand, reply: Reply<Box<dyn Any + 
     }
     metrics::commit_seconds("errand").record(started.elapsed());
     let _ = reply.send(done.map_err(of_one)); // the write happened all the same
+}
+
+async fn end(desk: &mut Desk) -> sqlx::Result<()> {
+    groups::line_up(desk).await?;
+    desk.commit().await
 }

@@ -291,3 +291,40 @@ fn with_key(mut message: NewMessage, name: &str, print: u8) -> NewMessage {
 fn key(name: &str, print: u8) -> Idempotency {
     Idempotency::new("test", name, [print; 32])
 }
+
+/// A message that is not to be sent while another one like it can still be delivered.
+fn unique(queue: &QueueName, body: &str) -> NewMessage {
+    NewMessage { keys: vec![Idempotency::while_pending("report")], ..message(queue, body) }
+}
+
+pub(crate) async fn of_a_unique_key_one_message_is_pending_at_a_time(stage: Stage) {
+    let queue = stage.queue("letters").await;
+    let first = stage.send(unique(&queue, "a")).await;
+    for _ in 0..2 {
+        let again = stage.offer(unique(&queue, "another body")).await;
+        assert_eq!(again, Enqueued::Duplicate(first.clone()), "while it waits, while it is out");
+        stage.claim(&queue, 1).await;
+    }
+    let other = stage.queue("others").await;
+    stage.send(unique(&other, "in another queue")).await;
+    let id = first.id;
+    let leased = stage.store.message(id).await.unwrap().expect("it is there").0;
+    assert_eq!(leased.state, State::Leased);
+    stage.store.reap(ALL).await.unwrap();
+    let queue = stage.queue("third").await;
+    let first = stage.send(unique(&queue, "b")).await;
+    let leased = stage.claim_one(&queue).await;
+    stage.must_settle(&leased, Settlement::Ack).await;
+    let second = stage.send(unique(&queue, "c")).await;
+    assert_ne!(first.id, second.id);
+    stage.store.sweep(ALL).await.unwrap();
+    assert_eq!(stage.offer(unique(&queue, "d")).await, Enqueued::Duplicate(second));
+}
+
+pub(crate) async fn a_unique_key_says_nothing_of_what_is_dead(stage: Stage) {
+    let queue = stage.queue("letters").await;
+    stage.send(unique(&queue, "a")).await;
+    let leased = stage.claim_one(&queue).await;
+    stage.must_settle(&leased, dead_letter("it was not to be")).await;
+    stage.send(unique(&queue, "b")).await;
+}

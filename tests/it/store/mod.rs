@@ -15,6 +15,8 @@ mod upkeep;
 mod queues;
 mod surgery;
 mod listing;
+mod groups;
+mod fairness;
 mod crowds;
 mod program;
 mod player;
@@ -69,6 +71,8 @@ macro_rules! conformance {
             a_message_with_a_known_name_is_a_duplicate,
         );
         keeps!($stage; keys:
+            of_a_unique_key_one_message_is_pending_at_a_time,
+            a_unique_key_says_nothing_of_what_is_dead,
             a_repeat_is_answered_with_the_first_receipt,
             a_repeat_is_answered_as_it_was_then_whatever_became_of_the_message,
             a_key_belongs_to_one_request,
@@ -186,6 +190,33 @@ macro_rules! conformance {
             a_purge_deletes_what_waits_and_nothing_else,
             a_purge_stops_at_its_limit,
             a_purge_keeps_the_keys,
+        );
+        keeps!($stage; groups:
+            of_a_group_one_message_is_out_at_a_time_and_in_order,
+            a_group_holds_up_nobody_else,
+            a_message_that_is_tried_again_keeps_its_place,
+            a_message_that_comes_back_keeps_its_place,
+            a_message_whose_lease_ran_out_keeps_its_place,
+            after_one_that_is_dead_the_next_one_goes,
+            a_dead_one_blocks_its_group_until_it_is_redriven,
+            a_dead_one_blocks_its_group_until_it_is_deleted,
+            a_dead_one_blocks_its_group_until_the_queue_says_otherwise,
+            a_dead_one_blocks_its_group_until_its_retention_ends,
+            what_is_redriven_lines_up_again,
+            who_waits_can_be_cancelled_expire_and_be_purged,
+            who_waits_in_a_group_cannot_jump_the_queue,
+            what_is_moved_lines_up_in_the_group_of_the_other_queue,
+            what_a_handler_sends_to_its_own_group_comes_after_it,
+            a_group_with_one_that_cannot_be_handled_forever_is_found_by_its_name,
+            those_who_wait_in_a_group_are_counted,
+            a_queue_that_is_deleted_takes_its_groups_with_it,
+        );
+        keeps!($stage; fairness:
+            those_who_wait_take_turns,
+            turns_go_on_where_the_last_claim_ended,
+            priority_comes_before_fairness,
+            without_keys_the_order_is_that_of_arrival,
+            those_who_are_alone_get_everything,
         );
         keeps!($stage; crowds:
             in_a_crowd_each_message_is_acked_once,

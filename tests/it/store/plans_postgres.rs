@@ -8,21 +8,30 @@ use sqlx::{AssertSqlSafe, Connection, Executor, PgConnection, Row};
 use crate::support::postgres::fresh_database;
 
 /// Tables that grow with the number of messages. What is not in here stays small.
-const BIG: [&str; 8] =
-    ["message", "content", "ready", "scheduled", "lease", "delivery", "idempotency", "dead"];
+const BIG: [&str; 10] = [
+    "message", "content", "ready", "behind", "head", "scheduled", "lease", "delivery", "idempotency", "dead",
+];
 
 /// Rows in every big table, spread over sixty queues.
 const FILL: &str = "
-    insert into queue (name, settings, state, max_crashes, dedup_window, retention_completed, retention_dead, dead_on_expiry)
-    select 'q' || n, '{}', '{}', 20, 1, 1, 1, n % 2 = 0 from generate_series(1, 60) as n;
-    insert into message (seq, id, queue_id, state, rank, due_at, attempts, failures, crashes, enqueued_at, size)
-    select n, md5(n::text)::uuid, n % 60 + 1, case when n % 3 = 0 then 5 else 0 end, 0, n, 0, 0, 0, n, 1
+    insert into queue (name, settings, state, max_crashes, dedup_window, retention_completed, retention_dead, dead_on_expiry, group_blocks)
+    select 'q' || n, '{}', '{}', 20, 1, 1, 1, n % 2 = 0, n % 2 = 0 from generate_series(1, 60) as n;
+    insert into message (seq, id, queue_id, state, rank, due_at, attempts, failures, crashes, enqueued_at, size, lane, grp)
+    select n, md5(n::text)::uuid, n % 60 + 1, case when n % 3 = 0 then 5 else 0 end, 0, n, 0, 0, 0, n, 1,
+        case when n % 2 = 0 then n % 20 else 0 end, case when n % 2 = 0 then n % 7000 end
     from generate_series(1, 60000) as n;
-    insert into content (seq, deliver_at, details, body) select seq, due_at, '{}', 'body' from message;
-    insert into ready (queue_id, rank, due_at, seq, urgent, expires_at)
-    select queue_id, rank, due_at, seq, seq % 100 = 0, case when seq % 10 = 0 then seq end from message where seq <= 20000;
-    insert into scheduled (queue_id, rank, due_at, seq, expires_at)
-    select queue_id, rank, due_at, seq, case when seq % 10 = 0 then seq end from message where seq between 20001 and 40000;
+    insert into content (seq, deliver_at, details, body, correlation_id)
+    select seq, due_at, '{}', 'body', case when seq % 3 = 0 then 'c' || seq % 100 end from message;
+    insert into ready (queue_id, rank, lane, due_at, seq, urgent, expires_at)
+    select queue_id, rank, lane, due_at, seq, seq % 100 = 0, case when seq % 10 = 0 then seq end from message where seq <= 20000;
+    insert into ready (queue_id, rank, lane, due_at, seq, urgent, grp)
+    select queue_id, 0, lane, due_at, 100000 + seq, false, grp from message where grp is not null;
+    insert into behind (queue_id, grp, seq, due_at, lane, expires_at)
+    select queue_id, grp, seq, due_at, lane, case when seq % 10 = 0 then seq end from message where grp is not null;
+    insert into head (queue_id, grp, seq, dirty)
+    select queue_id, grp, min(seq), false from message where grp is not null group by queue_id, grp;
+    insert into scheduled (queue_id, rank, lane, due_at, seq, expires_at)
+    select queue_id, rank, lane, due_at, seq, case when seq % 10 = 0 then seq end from message where seq between 20001 and 40000;
     insert into lease (seq, token, incarnation, leased_at, until, queue_id, attempt, replica)
     select seq, seq, seq % 5, seq, seq, queue_id, 1, 'r' || seq % 5 from message where seq > 40000;
     insert into dead (seq, finished_at, queue_id) select seq, seq, queue_id from message;

@@ -136,6 +136,17 @@ pub(crate) fn check(before: &Sight, after: &Sight) {
     for depth in &after.depths {
         check_depth(depth, &after.messages);
     }
+    check_groups(&after.messages);
+}
+
+/// One at a time: whatever happened, no group has two messages out.
+fn check_groups(messages: &[Record]) {
+    let mut out = BTreeMap::new();
+    for record in messages.iter().filter(|record| record.state == State::Leased) {
+        let Some(group) = &record.head.details.group else { continue };
+        let other = out.insert((&record.head.queue, group), record.head.id);
+        assert_eq!(other, None, "two messages of one group are leased: {record:?}");
+    }
 }
 
 fn check_move(old: &Record, new: &Record) {

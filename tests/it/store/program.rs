@@ -9,7 +9,8 @@ use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 use pumphouse::model::{
-    Idempotency, MessageId, NewMessage, OnExpiry, QueueName, QueueSettings, Settlement, State, When,
+    Details, GroupOnDead, Idempotency, MessageId, NewMessage, OnExpiry, QueueName, QueueSettings,
+    Settlement, State, When,
 };
 use pumphouse::store::{Amendment, Enqueue, Filter};
 
@@ -46,6 +47,9 @@ pub(crate) struct Draft {
     life: Option<Duration>,
     priority: i8,
     keys: Vec<(u8, u8)>,
+    group: Option<u8>,
+    fairness_key: Option<u8>,
+    unique: Option<u8>,
     /// Takes the name of a message that was sent before.
     named_like: Option<usize>,
 }
@@ -116,13 +120,18 @@ fn draft() -> impl Strategy<Value = Draft> {
     let often = prop_oneof![9 => 0..2u8, 2 => Just(2u8), 1 => Just(3u8)];
     let named_like = option::weighted(0.1, 0..8usize);
     let times = (option::weighted(0.4, span()), option::weighted(0.3, span()));
-    (often, times, -1..2i8, keys, named_like).prop_map(
-        |(queue, (wait, life), priority, keys, named_like)| Draft {
+    let orders = (option::weighted(0.5, 0..2u8), option::weighted(0.2, 0..4u8));
+    let unique = option::weighted(0.1, 0..3u8);
+    (often, times, -1..2i8, keys, named_like, orders, unique).prop_map(
+        |(queue, (wait, life), priority, keys, named_like, (group, fairness_key), unique)| Draft {
             queue,
-            wait,
+            wait: wait.filter(|_| group.is_none()),
             life,
-            priority,
+            priority: if group.is_some() { 0 } else { priority },
             keys,
+            group,
+            fairness_key,
+            unique,
             named_like,
         },
     )
@@ -229,12 +238,19 @@ impl Director {
         self.sent.push(id);
         let body = format!("message {}", self.sent.len());
         let keys = draft.keys.into_iter().map(|(name, print)| key("message", name, print));
+        let unique = draft.unique.map(|name| Idempotency::while_pending(&name.to_string()));
+        let details = Details {
+            group: draft.group.map(|number| format!("group {number}")),
+            fairness_key: draft.fairness_key.map(|number| format!("tenant {number}")),
+            ..Details::default()
+        };
         NewMessage {
             id,
+            details,
             deliver: draft.wait.map_or(When::Now, When::In),
             expires: draft.life.map(When::In),
             priority: draft.priority,
-            keys: keys.collect(),
+            keys: keys.chain(unique).collect(),
             ..NewMessage::new(queue_of(queue), body)
         }
     }
@@ -271,6 +287,7 @@ fn settings_of(number: u8) -> QueueSettings {
             settings.retention.completed = Duration::from_millis(20);
             settings.retention.dead = Duration::from_millis(50);
             settings.on_expiry = OnExpiry::DeadLetter;
+            settings.group_on_dead = GroupOnDead::Block;
         }
     }
     settings

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use pumphouse::model::{
     Action, Backoff, Bounds, Breaker, BreakerSettings, Builtin, Concurrency, Curve, ErrorKind,
-    Guard, GuardChange, Handler, Hold, HttpHandler, Jitter, Match, OnExpiry, QueueRecord,
+    GroupOnDead, Guard, GuardChange, Handler, Hold, HttpHandler, Jitter, Match, OnExpiry, QueueRecord,
     QueueSettings, RateLimit, Recovery, Retention, RetryStatuses, Rule, RunState, Scope,
     Settlement, State, Stopped,
 };
@@ -320,6 +320,7 @@ fn every_setting() -> QueueSettings {
         retention: Retention { completed: Duration::from_secs(80), dead: Duration::from_secs(81) },
         max_messages: Some(82),
         on_expiry: OnExpiry::DeadLetter,
+        group_on_dead: GroupOnDead::Block,
     };
     assert_ne!(settings.handler, Handler::Builtin { name: Builtin::Log });
     assert_eq!(settings.check(), Ok(()));

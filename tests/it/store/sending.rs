@@ -25,6 +25,8 @@ pub(crate) async fn what_is_sent_is_kept_byte_for_byte(stage: Stage) {
         traceparent: Some("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01".to_owned()),
         tracestate: Some("a=b".to_owned()),
         baggage: Some("c=d".to_owned()),
+        group: Some("größer".to_owned()),
+        fairness_key: Some("tenant 7".to_owned()),
     };
     let sent = NewMessage {
         kind: Some("order.placed".to_owned()),
