@@ -40,7 +40,9 @@ create table pump (
     state text not null,
     ceiling integer not null,
     revision bigint not null,
-    checked_at bigint not null
+    checked_at bigint not null,
+    -- The most bytes of a payload, as the program was told last.
+    body_limit bigint not null default 1048576
 );
 
 -- What changes in a message's life, kept narrow. The state is 0 as long as the message can be delivered,
@@ -473,6 +475,426 @@ create function take_in(
             group by place, grp;
         end if;
     end $$;
+
+-- Queues to which a transaction of somebody else's has sent: nobody tells the pumps of it, so they look here.
+create table sent (
+    queue_id integer not null
+) with (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 1000,
+    autovacuum_vacuum_cost_delay = 0
+);
+
+-- Bits of a SHA-256, as `model::group_number` and `Details::lane` have them.
+create function bits_of(key text) returns bigint
+    language sql immutable strict
+    as $$ select ('x' || encode(substring(sha256(convert_to(key, 'UTF8')) from 1 for 8), 'hex'))::bit(64)::bigint $$;
+
+-- A key as `model::Idempotency` has it.
+create function key_of(scope text, key text) returns bytea
+    language sql immutable strict
+    as $$
+        select substring(
+            sha256(int8send(octet_length(scope)::bigint) || convert_to(scope || key, 'UTF8')) from 1 for 16
+        )
+    $$;
+
+-- Takes one message in that was checked before, in the transaction of the caller, and waits for nobody but one
+-- who sends with the same key. The keys have a fingerprint and, whether they count only while the message is
+-- pending. Answers the message that is there now: this one, or the first with one of its keys.
+--
+-- The queue is kept from being deleted until the caller's transaction ends, and from nothing else: neither
+-- those who send to it nor those who change its settings wait.
+create function take_one(
+    queue_name text,
+    message_id uuid,
+    payload bytea,
+    kind text,
+    correlation_id text,
+    details text,
+    wait bigint,
+    moment bigint,
+    lifetime bigint,
+    end_moment bigint,
+    rank smallint,
+    message_group text,
+    fairness_key text,
+    keys bytea[],
+    fingerprints bytea[],
+    pending boolean[],
+    out id uuid,
+    out duplicate boolean,
+    out enqueued_at bigint,
+    out deliver_at bigint
+)
+    language plpgsql volatile
+    security definer
+    set search_path = pumphouse, pg_temp
+    as $$
+    #variable_conflict use_variable
+    declare
+        place record;
+        known record;
+        number bigint;
+        end_at bigint;
+        grp bigint;
+        lane integer;
+        unsettled bigint;
+    begin
+        select queue.id, queue.max_messages, queue.dedup_window
+        into place
+        from queue
+        where queue.name = queue_name
+        for key share;
+        if not found then
+            raise exception 'there is no queue %', queue_name
+                using errcode = 'undefined_object', hint = 'Make it first: PUT /admin/v1/queues/' || queue_name;
+        end if;
+        number := nextval('message_seq');
+        enqueued_at := now_micros();
+        deliver_at := greatest(enqueued_at, coalesce(moment, enqueued_at + coalesce(wait, 0)));
+        -- Not `greatest` alone, which overlooks what is null.
+        end_at := case
+            when end_moment is not null then greatest(end_moment, enqueued_at)
+            else enqueued_at + lifetime
+        end;
+        grp := bits_of(message_group);
+        lane := case
+            when fairness_key is null then 0
+            else greatest((bits_of(fairness_key) & 2147483647)::integer, 1)
+        end;
+
+        for at in 1 .. coalesce(cardinality(keys), 0) loop
+            delete from idempotency
+            where idempotency.queue_id = place.id
+                and idempotency.key = keys[at]
+                and idempotency.expires_at <= enqueued_at
+                and coalesce((
+                    select case
+                        when idempotency.expires_at < 0 then message.state <> 0
+                        else message.state not in (0, 5)
+                    end
+                    from message
+                    where message.seq = idempotency.seq
+                ), true);
+            insert into idempotency (
+                queue_id, key, fingerprint, seq, id, enqueued_at, deliver_at, expires_at, sweep_at
+            )
+            values (
+                place.id, keys[at], fingerprints[at], number, message_id, enqueued_at, deliver_at,
+                case when pending[at] then -1 else enqueued_at + place.dedup_window end,
+                case when pending[at] then enqueued_at + 60000000 else enqueued_at + place.dedup_window end
+            )
+            on conflict (queue_id, key) do nothing;
+            if not found then
+                select * into strict known
+                from idempotency
+                where idempotency.queue_id = place.id
+                    and idempotency.key = keys[at];
+                if known.fingerprint <> fingerprints[at] then
+                    raise exception 'this idempotency key came before with another request'
+                        using errcode = 'invalid_parameter_value', hint = 'Use a new key for a new request.';
+                end if;
+                -- What was put down for the other keys goes.
+                delete from idempotency
+                where idempotency.seq = number
+                    and idempotency.queue_id = place.id
+                    and idempotency.key = any(keys);
+                id := known.id;
+                duplicate := true;
+                enqueued_at := known.enqueued_at;
+                deliver_at := known.deliver_at;
+                return;
+            end if;
+        end loop;
+
+        if place.max_messages is not null then
+            select coalesce(sum(n), 0) into unsettled
+            from tally
+            where tally.queue_id = place.id
+                and tally.state in (0, 1, 2, 8);
+            if unsettled >= place.max_messages then
+                raise exception 'the queue % has as many messages as its max_messages allows', queue_name
+                    using errcode = 'program_limit_exceeded';
+            end if;
+        end if;
+
+        insert into message (
+            seq, id, queue_id, state, rank, due_at, attempts, failures, crashes, enqueued_at, expires_at, size,
+            grp, lane
+        )
+        values (
+            number, message_id, place.id, 0, rank, deliver_at, 0, 0, 0, enqueued_at, end_at,
+            octet_length(payload), grp, lane
+        );
+        insert into content (seq, deliver_at, kind, correlation_id, details, body)
+        values (number, deliver_at, kind, correlation_id, details, payload);
+        if grp is not null then
+            insert into behind (queue_id, grp, seq, due_at, lane, expires_at)
+            values (place.id, grp, number, deliver_at, lane, end_at);
+            insert into ready (queue_id, rank, lane, due_at, seq, grp, urgent)
+            values (place.id, 0, lane, deliver_at, nextval('message_seq'), grp, false);
+        elsif deliver_at > enqueued_at then
+            insert into scheduled (due_at, seq, queue_id, rank, lane, expires_at)
+            values (deliver_at, number, place.id, rank, lane, end_at);
+        else
+            insert into ready (queue_id, rank, lane, due_at, seq, expires_at, urgent)
+            values (place.id, rank, lane, deliver_at, number, end_at, false);
+        end if;
+        insert into sent (queue_id) values (place.id);
+        id := message_id;
+        duplicate := false;
+    end $$;
+
+-- Fails where an option of a message is not what it may be over HTTP: 1 to 255 bytes without control characters.
+create function check_option(option text, value text) returns void
+    language plpgsql immutable
+    as $$
+    begin
+        if octet_length(value) not between 1 and 255 or value ~ '[\u0001-\u001f\u007f-\u009f]' then
+            raise exception '%: 1 to 255 bytes without control characters', option
+                using errcode = 'invalid_parameter_value';
+        end if;
+    end $$;
+
+-- The same for a key: 1 to 255 visible ASCII characters without quotes.
+create function check_key(option text, value text) returns void
+    language plpgsql immutable
+    as $$
+    begin
+        if octet_length(value) not between 1 and 255 or value !~ '^[ !#-~]+$' then
+            raise exception '%: a key is 1 to 255 visible ASCII characters without quotes', option
+                using errcode = 'invalid_parameter_value';
+        end if;
+    end $$;
+
+-- The same for a time ahead; answers it in microseconds.
+create function check_span(option text, value interval) returns bigint
+    language plpgsql immutable
+    as $$
+    begin
+        if value < interval '0' or value > interval '366 days' then
+            raise exception '%: from nothing to 366 days', option using errcode = 'invalid_parameter_value';
+        end if;
+        return (extract(epoch from value) * 1000000)::bigint;
+    end $$;
+
+create function check_moment(option text, value timestamptz) returns bigint
+    language plpgsql stable
+    as $$
+    begin
+        if value > clock_timestamp() + interval '366 days' then
+            raise exception '%: at most 366 days from now', option using errcode = 'invalid_parameter_value';
+        end if;
+        return (extract(epoch from value) * 1000000)::bigint;
+    end $$;
+
+-- The same for the headers to forward: an object of texts. Answers them as `model::Details` has them.
+create function check_headers(headers json) returns jsonb
+    language plpgsql immutable
+    as $$
+    declare
+        header record;
+        size integer := 0;
+        listed jsonb := '[]';
+    begin
+        if headers is null then
+            return null;
+        end if;
+        if json_typeof(headers) <> 'object' then
+            raise exception 'headers: an object of names and texts' using errcode = 'invalid_parameter_value';
+        end if;
+        for header in select lower(key) as name, value #>> '{}' as value, json_typeof(value) as kind
+            from json_each(headers)
+        loop
+            if header.kind <> 'string' then
+                raise exception 'headers: the value of % is no text', header.name
+                    using errcode = 'invalid_parameter_value';
+            end if;
+            if header.name !~ '^[a-z0-9!#$%&''*+.^_`|~-]+$' then
+                raise exception 'headers: % is no header name', header.name
+                    using errcode = 'invalid_parameter_value';
+            end if;
+            if header.name ~ '^(content-|webhook-|ce-|pumphouse-)' or header.name = any(array[
+                'connection', 'keep-alive', 'proxy-authenticate', 'proxy-authorization', 'proxy-connection', 'te',
+                'trailer', 'transfer-encoding', 'upgrade', 'host', 'expect', 'traceparent', 'tracestate', 'baggage'
+            ]) then
+                raise exception 'headers: % is reserved', header.name
+                    using errcode = 'invalid_parameter_value',
+                        hint = 'Reserved are connection headers, Host, Content-*, webhook-*, ce-*, Pumphouse-*, trace headers.';
+            end if;
+            if header.value ~ '[\u0001-\u0008\u000a-\u001f\u007f-\u009f]' then
+                raise exception 'headers: the value of % has control characters', header.name
+                    using errcode = 'invalid_parameter_value';
+            end if;
+            size := size + octet_length(header.name) + octet_length(header.value);
+            listed := listed || jsonb_build_array(jsonb_build_array(header.name, header.value));
+        end loop;
+        if jsonb_array_length(listed) > 32 or size > 16384 then
+            raise exception 'headers: at most 32 of 16 KiB together' using errcode = 'invalid_parameter_value';
+        end if;
+        return listed;
+    end $$;
+
+-- Sends a message in the transaction of the caller: it is there when that commits, or never. What is checked over HTTP
+-- is checked here too, and fails the statement. See docs/protocol.md.
+create function send_bytes(
+    queue text,
+    payload bytea,
+    content_type text default null,
+    type text default null,
+    in_group text default null,
+    fairness_key text default null,
+    priority integer default 0,
+    delay interval default null,
+    deliver_at timestamptz default null,
+    expires_in interval default null,
+    expires_at timestamptz default null,
+    correlation_id text default null,
+    causation_id text default null,
+    idempotency_key text default null,
+    unique_while_pending text default null,
+    headers json default null,
+    traceparent text default null
+)
+    returns uuid
+    language plpgsql volatile
+    security definer
+    set search_path = pumphouse, pg_temp
+    as $$
+    #variable_conflict use_variable
+    declare
+        body_limit bigint := (select pump.body_limit from pump where pump.id = 1);
+        name bytea;
+        details jsonb;
+        keys bytea[] := '{}';
+        fingerprints bytea[] := '{}';
+        pending boolean[] := '{}';
+    begin
+        if queue is null or payload is null then
+            raise exception 'a message has a queue and a payload' using errcode = 'null_value_not_allowed';
+        end if;
+        if octet_length(payload) > body_limit then
+            raise exception 'a payload has at most % bytes', body_limit using errcode = 'program_limit_exceeded';
+        end if;
+        perform check_option('content_type', content_type), check_option('type', type),
+            check_option('in_group', in_group), check_option('fairness_key', fairness_key),
+            check_option('correlation_id', correlation_id), check_option('causation_id', causation_id),
+            check_option('traceparent', traceparent),
+            check_key('idempotency_key', idempotency_key),
+            check_key('unique_while_pending', unique_while_pending);
+        if priority is null or priority not between -100 and 100 then
+            raise exception 'priority: a whole number from -100 to 100' using errcode = 'invalid_parameter_value';
+        end if;
+        if delay is not null and deliver_at is not null then
+            raise exception 'delay and deliver_at exclude each other' using errcode = 'invalid_parameter_value';
+        end if;
+        if expires_in is not null and expires_at is not null then
+            raise exception 'expires_in and expires_at exclude each other' using errcode = 'invalid_parameter_value';
+        end if;
+        if in_group is not null and (delay is not null or deliver_at is not null or priority <> 0) then
+            raise exception 'a message of a group has neither delay nor priority'
+                using errcode = 'invalid_parameter_value';
+        end if;
+        details := jsonb_strip_nulls(jsonb_build_object(
+            'content_type', content_type,
+            'headers', check_headers(headers),
+            'causation_id', causation_id,
+            'group', in_group,
+            'fairness_key', fairness_key,
+            'traceparent', traceparent
+        ));
+        if idempotency_key is not null then
+            keys := keys || key_of('sql', idempotency_key);
+            fingerprints := fingerprints || sha256(payload || convert_to(jsonb_build_array(
+                details, type, priority, delay, deliver_at, expires_in, expires_at, correlation_id,
+                unique_while_pending
+            )::text, 'UTF8'));
+            pending := pending || false;
+        end if;
+        if unique_while_pending is not null then
+            keys := keys || key_of('while-pending', unique_while_pending);
+            fingerprints := fingerprints || decode(repeat('00', 32), 'hex');
+            pending := pending || true;
+        end if;
+        -- A UUIDv7 (RFC 9562): the time in milliseconds, and chance.
+        name := decode(md5(random()::text || clock_timestamp()::text || nextval('message_seq')), 'hex');
+        name := overlay(name placing substring(int8send(now_micros() / 1000) from 3 for 6) from 1 for 6);
+        name := set_byte(name, 6, (get_byte(name, 6) & 15) | 112);
+        name := set_byte(name, 8, (get_byte(name, 8) & 63) | 128);
+        return (
+            select taken.id
+            from take_one(
+                queue, encode(name, 'hex')::uuid, payload, type, correlation_id, details::text,
+                check_span('delay', delay), check_moment('deliver_at', deliver_at),
+                check_span('expires_in', expires_in), check_moment('expires_at', expires_at),
+                (-priority)::smallint, in_group, fairness_key, keys, fingerprints, pending
+            ) as taken
+        );
+    end $$;
+
+-- The same for JSON, whose text is the payload.
+create function send(
+    queue text,
+    payload json,
+    type text default null,
+    in_group text default null,
+    fairness_key text default null,
+    priority integer default 0,
+    delay interval default null,
+    deliver_at timestamptz default null,
+    expires_in interval default null,
+    expires_at timestamptz default null,
+    correlation_id text default null,
+    causation_id text default null,
+    idempotency_key text default null,
+    unique_while_pending text default null,
+    headers json default null,
+    traceparent text default null
+)
+    returns uuid
+    language sql volatile
+    security definer
+    set search_path = pumphouse, pg_temp
+    as $$
+        select send_bytes(
+            queue, convert_to(payload::text, 'UTF8'), 'application/json', type, in_group, fairness_key, priority,
+            delay, deliver_at, expires_in, expires_at, correlation_id, causation_id, idempotency_key,
+            unique_while_pending, headers, traceparent
+        )
+    $$;
+
+-- Applications send as a role of their own, which can do nothing else. Where the owner of the schema may make no
+-- roles, an operator grants the same to whom it concerns.
+revoke execute on all functions in schema pumphouse from public;
+
+do $$
+begin
+    create role pumphouse_sender nologin;
+exception
+    when duplicate_object or unique_violation then
+        null;
+    when insufficient_privilege then
+        raise notice 'pumphouse_sender is not made: %', sqlerrm;
+end $$;
+
+do $$
+begin
+    grant usage on schema pumphouse to pumphouse_sender;
+    grant execute on function
+        send(
+            text, json, text, text, text, integer, interval, timestamptz, interval, timestamptz, text, text, text,
+            text, json, text
+        ),
+        send_bytes(
+            text, bytea, text, text, text, text, integer, interval, timestamptz, interval, timestamptz, text, text,
+            text, text, json, text
+        )
+        to pumphouse_sender;
+exception
+    when undefined_object then
+        null;
+end $$;
 
 insert into pump (id, state, ceiling, revision, checked_at)
 values (1, '{"state":"running"}', 1024, 1, 0);

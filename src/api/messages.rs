@@ -117,7 +117,33 @@ async fn list_messages(
     State(doors): State<Doors>,
     Query(query): Query<ListQuery>,
 ) -> Result<Json<MessageList>, Problem> {
-    list(&doors, query.filter()?, query.page()?, query.with_payload()?).await.map(Json)
+    let (filter, page, with_payload) = (query.filter()?, query.page()?, query.with_payload()?);
+    let mut listed = list(&doors, filter.clone(), page, with_payload).await?;
+    if listed.next.is_none()
+        && let Some(root) = root_of(&doors, &filter).await?
+    {
+        if listed.items.len() < page.limit {
+            listed.items.push(shown(&doors, &root, with_payload).await?);
+        } else {
+            listed.next = Some(write_cursor(BEFORE_ALL));
+        }
+    }
+    Ok(Json(listed))
+}
+
+/// Where a page begins that has nothing but the root of a conversation.
+const BEFORE_ALL: i64 = 0;
+
+/// The message that began a conversation which has its name: it names no conversation itself, and is older than all others.
+async fn root_of(doors: &Doors, filter: &Filter) -> Result<Option<Record>, Problem> {
+    let Some(id) = filter.correlation_id.as_deref().and_then(|id| MessageId::parse(id).ok()) else {
+        return Ok(None);
+    };
+    let found = doors.pump().store().message(id).await?.map(|(record, _)| record);
+    let of_itself = Filter { correlation_id: None, ..filter.clone() };
+    let belongs =
+        |record: &Record| record.head.correlation_id.is_none() && of_itself.matches(record);
+    Ok(found.filter(belongs))
 }
 
 /// Show a message with its deliveries.
@@ -254,13 +280,21 @@ pub(super) async fn list(
     }
     let mut items = Vec::with_capacity(listed.items.len());
     for record in &listed.items {
-        let mut body = message_body(record);
-        if with_payload && let Some(payload) = store.payload(record.head.id).await? {
-            put_payload(&mut body, &payload);
-        }
-        items.push(body);
+        items.push(shown(doors, record, with_payload).await?);
     }
     Ok(MessageList { items, next: listed.next.map(write_cursor) })
+}
+
+async fn shown(
+    doors: &Doors,
+    record: &Record,
+    with_payload: bool,
+) -> Result<MessageBody, Problem> {
+    let mut body = message_body(record);
+    if with_payload && let Some(payload) = doors.pump().store().payload(record.head.id).await? {
+        put_payload(&mut body, &payload);
+    }
+    Ok(body)
 }
 
 /// How many messages, from the front, have payloads that fit into one answer; at least one.

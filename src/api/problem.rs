@@ -53,6 +53,7 @@ codes! {
     METHOD_NOT_ALLOWED = "method-not-allowed", METHOD_NOT_ALLOWED, "This address does not take that method";
     WRONG_STATE = "wrong-state", CONFLICT, "The message is in a state that does not allow it";
     NOT_EMPTY = "queue-not-empty", CONFLICT, "The queue has messages";
+    IN_USE = "queue-in-use", CONFLICT, "Somebody sends to the queue in a transaction that is open";
     PRECONDITION = "precondition-failed", PRECONDITION_FAILED, "The precondition does not hold";
     TOO_LARGE = "too-large", PAYLOAD_TOO_LARGE, "The request is too large";
     MEDIA_TYPE = "unsupported-media-type", UNSUPPORTED_MEDIA_TYPE, "The media type is not one that is taken here";

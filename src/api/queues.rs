@@ -234,6 +234,10 @@ async fn delete_queue(
             let detail = "the queue has messages; ?force=true deletes them too";
             Err(Problem::new(problem::NOT_EMPTY, detail))
         }
+        DeleteQueue::InUse => {
+            let detail = "somebody sends to the queue in a transaction that is open, or changes it; try again when that has ended";
+            Err(Problem::new(problem::IN_USE, detail))
+        }
     }
 }
 

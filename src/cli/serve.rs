@@ -72,6 +72,7 @@ async fn serve(
     closing: &CancellationToken,
 ) -> Result<()> {
     let begin = patiently(stop, "start the pump", async || {
+        store.set_body_limit(config.body_limit).await?;
         Pumphouse::builder(Arc::clone(store))
             .replica(config.replica.clone())
             .answer_max(config.body_limit)

@@ -195,6 +195,13 @@ pub trait Store: Debug + Send + Sync + 'static {
     /// Sets the ceiling over all queues.
     async fn set_ceiling(&self, ceiling: u32) -> Result<()>;
 
+    /// Says how many bytes a payload may have where messages are checked by the database itself. The others check
+    /// nothing, and are told for nothing.
+    async fn set_body_limit(&self, bytes: usize) -> Result<()> {
+        let _ = bytes;
+        Ok(())
+    }
+
     // The house itself
 
     /// Whether the database answers, can be written, and has the schema this program knows.
@@ -338,8 +345,21 @@ pub struct Filter {
     pub ids: Vec<MessageId>,
 }
 
-#[cfg(any(feature = "sqlite", feature = "postgres"))]
 impl Filter {
+    /// Whether this message is meant.
+    pub fn matches(&self, record: &Record) -> bool {
+        let head = &record.head;
+        self.queue.as_ref().is_none_or(|queue| *queue == head.queue)
+            && self.state.is_none_or(|state| state == record.state)
+            && (self.kind.is_none() || self.kind == head.kind)
+            && (self.correlation_id.is_none() || self.correlation_id == head.correlation_id)
+            && (self.group.is_none() || self.group == head.details.group)
+            && self.since.is_none_or(|since| head.enqueued_at >= since)
+            && self.until.is_none_or(|until| head.enqueued_at < until)
+            && (self.ids.is_empty() || self.ids.contains(&head.id))
+    }
+
+    #[cfg(any(feature = "sqlite", feature = "postgres"))]
     fn group_number(&self) -> Option<i64> {
         self.group.as_deref().map(crate::model::group_number)
     }
@@ -455,6 +475,8 @@ pub enum DeleteQueue {
     Deleted,
     /// It has messages.
     NotEmpty,
+    /// Somebody sends to it in a transaction that is open.
+    InUse,
     /// There is none.
     NoSuchQueue,
     /// The precondition did not hold.

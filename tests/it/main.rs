@@ -2,7 +2,8 @@
 //!
 //! `store` asks whether each store keeps its promises; `http` whether the protocol is what
 //! `docs/protocol.md` says; `journey` whether a message gets from A to B; `crash` what a kill leaves
-//! behind; `gate` whether the operator's hand is obeyed; `snapshots` and `tidy` whether a face of the
+//! behind; `gate` whether the operator's hand is obeyed; `recovery` what follows a failure; `order` who comes when;
+//! `once` whether what was meant once is done once; `pages` whether the examples in the docs are true; `snapshots` and `tidy` whether a face of the
 //! house changed and whether its rules are kept.
 
 mod support;
@@ -12,6 +13,9 @@ mod journey;
 mod gate;
 mod crash;
 mod recovery;
+mod order;
+mod once;
+mod pages;
 mod snapshots;
 mod tidy;
 mod cli;

@@ -50,18 +50,3 @@ impl Books {
         }
     }
 }
-
-impl Filter {
-    /// Whether this message is meant.
-    pub(super) fn matches(&self, record: &Record) -> bool {
-        let head = &record.head;
-        self.queue.as_ref().is_none_or(|queue| *queue == head.queue)
-            && self.state.is_none_or(|state| state == record.state)
-            && (self.kind.is_none() || self.kind == head.kind)
-            && (self.correlation_id.is_none() || self.correlation_id == head.correlation_id)
-            && (self.group.is_none() || self.group == head.details.group)
-            && self.since.is_none_or(|since| head.enqueued_at >= since)
-            && self.until.is_none_or(|until| head.enqueued_at < until)
-            && (self.ids.is_empty() || self.ids.contains(&head.id))
-    }
-}

@@ -14,6 +14,7 @@ use super::super::{Attendance, Attended, Reaped, Result};
 use super::Postgres;
 use super::fault::{Trouble, unreadable};
 use super::groups::{blocks, give_turns};
+use super::news::Word;
 use super::rows;
 use super::upkeep::{take_back, taken_back, word};
 
@@ -125,9 +126,24 @@ const TAKE_BACK: &str = take_back!(
     "
 );
 
+// Lives on: sent, from its beginning. What others have in hand, they tell of.
+const TAKE_SENT: &str = "\
+with taken as (
+    delete from sent
+    where ctid = any(array(
+        select ctid
+        from sent
+        limit 10000
+        for update skip locked
+    ))
+    returning queue_id
+)
+select distinct (select name from queue where queue.id = taken.queue_id) as queue
+from taken";
+
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] =
-    &[ENTER, REPORT, LEAVE, FORGET_DEAD, ALIVE, GIVE_UP_SHARES, TAKEN, TAKE, REVISION, TAKE_BACK];
+    &[TAKE_SENT, ENTER, REPORT, LEAVE, FORGET_DEAD, ALIVE, GIVE_UP_SHARES, TAKEN, TAKE, REVISION, TAKE_BACK];
 
 pub(super) async fn attend(store: &Postgres, attendance: Attendance) -> Result<Attended> {
     // Before it is written, so that no lease is taken in the name of an earlier start of this process.
@@ -142,6 +158,7 @@ pub(super) async fn attend(store: &Postgres, attendance: Attendance) -> Result<A
         .await?;
     if !leaving {
         attended.reaped = take_back_all(store).await?;
+        hear_of_sent(store).await?;
     }
     Ok(attended)
 }
@@ -245,6 +262,22 @@ impl Taken {
         let rank = rank.saturating_sub(self.unable_before as usize) as u32;
         limit / count + u32::from(rank < limit % count)
     }
+}
+
+/// Tells of what transactions of somebody else's have sent.
+async fn hear_of_sent(store: &Postgres) -> Result<()> {
+    let queues = store.hands.run(|connection| {
+        Box::pin(async move {
+            let names = query_scalar::<_, Option<String>>(TAKE_SENT).fetch_all(connection).await?;
+            let names = names.into_iter().flatten();
+            Ok(names.filter_map(|name| rows::queue_name(&name).ok()).collect::<Vec<_>>())
+        })
+    });
+    let queues = queues.await?;
+    if !queues.is_empty() {
+        store.herald.tell(Word { schedule: true, ..Word::of_ready(queues) });
+    }
+    Ok(())
 }
 
 async fn take_back_all(store: &Postgres) -> Result<Vec<Reaped>> {

@@ -5,8 +5,8 @@
 //! only one of all claims can win. The head goes the way of every other message, back to ready and to scheduled too,
 //! and stays the head. Whoever ends it frees the group, and leaves a token where more messages wait.
 //!
-//! Two things would go wrong without being careful, and both go wrong in `store::races`, whose tests take the
-//! care away: a claim looks at what stood there when it began, but `on conflict` at what stands there now, so that
+//! Two things would go wrong without being careful, and a test (`store::races`) stands still without the one or the
+//! other: a claim looks at what stood there when it began, but `on conflict` at what stands there now, so that
 //! it could win a group for a message that was handled meanwhile; hence it locks the message first (`for update`), and
 //! passes over it when it is gone. And whoever frees a group does not see what is just coming in, so that a token could
 //! be dropped while nobody is left to see the message; hence whoever drops a token says so in the head (`dirty`), and

@@ -25,6 +25,7 @@ mod listing;
 mod surgery;
 mod queues;
 mod groups;
+mod own_transaction;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -143,6 +144,7 @@ impl Postgres {
             surgery::STATEMENTS,
             queues::STATEMENTS,
             groups::STATEMENTS,
+            own_transaction::STATEMENTS,
             news::STATEMENTS,
         ];
         all.into_iter().flatten().copied()
@@ -277,6 +279,10 @@ impl Store for Postgres {
 
     async fn set_ceiling(&self, ceiling: u32) -> Result<()> {
         queues::set_ceiling(self, ceiling).await
+    }
+
+    async fn set_body_limit(&self, bytes: usize) -> Result<()> {
+        queues::set_body_limit(self, bytes).await
     }
 
     async fn check(&self) -> Result<()> {

@@ -26,12 +26,19 @@ select name, settings, state, guard
 from queue
 where name = $1";
 
-// Lives on: queue_name_key. Locks the queue against other changes.
+// Lives on: queue_name_key. Locks the queue against other changes, and waits for no transaction that sends to it.
 const LOCK_QUEUE: &str = "\
 select id, name, settings, state, guard, now_micros() as now
 from queue
 where name = $1
-for update";
+for no key update";
+
+// Lives on: queue_name_key. Fails at once where somebody sends to the queue in a transaction that is open.
+const LOCK_UNUSED_QUEUE: &str = "\
+select id, name, settings, state, guard
+from queue
+where name = $1
+for update nowait";
 
 // Lives on: queue_name_key.
 const INSERT_QUEUE: &str = "\
@@ -126,6 +133,13 @@ set ceiling = $1
 where id = 1";
 
 // Lives on: the primary key of pump.
+const SET_BODY_LIMIT: &str = "\
+update pump
+set body_limit = $1
+where id = 1
+    and body_limit <> $1";
+
+// Lives on: the primary key of pump.
 const COUNT_REVISION: &str = "\
 update pump
 set revision = revision + 1
@@ -136,6 +150,7 @@ pub(super) const STATEMENTS: &[&str] = &[
     QUEUES,
     QUEUE,
     LOCK_QUEUE,
+    LOCK_UNUSED_QUEUE,
     INSERT_QUEUE,
     UPDATE_QUEUE,
     SET_QUEUE_STATE,
@@ -147,6 +162,7 @@ pub(super) const STATEMENTS: &[&str] = &[
     PUMP,
     SET_PUMP_STATE,
     SET_CEILING,
+    SET_BODY_LIMIT,
     COUNT_REVISION,
 ];
 
@@ -261,10 +277,15 @@ async fn delete(
     force: bool,
     precondition: &Precondition,
 ) -> Result<DeleteQueue, Trouble> {
-    // First, because messages that are being taken in hold it before they ask for anything else.
+    // First, and without waiting: whoever waits with the lock on the name holds up all who send.
+    let row = query(LOCK_UNUSED_QUEUE).bind(name.as_str()).fetch_optional(&mut *connection).await;
+    let row = match row {
+        Ok(Some(row)) => row,
+        Ok(None) => return Ok(DeleteQueue::NoSuchQueue),
+        Err(error) if is_lock_not_available(&error) => return Ok(DeleteQueue::InUse),
+        Err(error) => return Err(error.into()),
+    };
     query(LOCK_NAME).bind(LOCK_NAMES).bind(name.as_str()).execute(&mut *connection).await?;
-    let row = query(LOCK_QUEUE).bind(name.as_str()).fetch_optional(&mut *connection).await?;
-    let Some(row) = row else { return Ok(DeleteQueue::NoSuchQueue) };
     if !precondition.holds(Some(&record(&row)?.settings.etag())) {
         return Ok(DeleteQueue::PreconditionFailed);
     }
@@ -393,6 +414,23 @@ pub(super) async fn set_ceiling(store: &Postgres, ceiling: u32) -> Result<()> {
         .await?;
     store.herald.tell(Word::of_settings());
     Ok(())
+}
+
+pub(super) async fn set_body_limit(store: &Postgres, bytes: usize) -> Result<()> {
+    store
+        .hands
+        .run(move |connection: &mut PgConnection| {
+            Box::pin(async move {
+                let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+                query(SET_BODY_LIMIT).bind(bytes).execute(connection).await?;
+                Ok(())
+            })
+        })
+        .await
+}
+
+fn is_lock_not_available(error: &sqlx::Error) -> bool {
+    error.as_database_error().and_then(|error| error.code()).is_some_and(|code| code == "55P03")
 }
 
 /// A queue, unless it cannot be read: one of them must not stop all the others.

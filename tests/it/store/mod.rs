@@ -18,6 +18,7 @@ mod listing;
 mod groups;
 mod fairness;
 mod crowds;
+mod races;
 mod program;
 mod player;
 mod props;

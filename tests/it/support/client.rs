@@ -210,6 +210,11 @@ impl Answer {
         self.headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or_default()
     }
 
+    /// Insists on a problem with this status and code.
+    pub(crate) fn expect_problem(&self, status: u16, code: &str) {
+        assert_eq!((self.status, self.problem().as_str()), (status, code), "{}", self.text());
+    }
+
     /// Its problem's code, after a look at whether it is a whole problem.
     #[track_caller]
     pub(crate) fn problem(&self) -> String {

@@ -4,7 +4,7 @@
 //! (its databases are left behind). It never skips: without a server the test fails and says what to install.
 
 use std::fs;
-use std::io;
+use std::io::{self, Write};
 use std::net::TcpListener;
 use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
@@ -232,6 +232,25 @@ fn other_user() -> Option<(u32, u32)> {
         Some((numbers.next()??, numbers.next()??))
     };
     user("postgres").or_else(|| user("nobody"))
+}
+
+/// Runs a script as `psql` does for a person who wants it to stop at the first error.
+pub(crate) async fn psql(url: &str, script: &str) -> std::process::Output {
+    let beside = Programs::find().dir.join("psql");
+    let psql = if beside.is_file() { beside } else { PathBuf::from("psql") };
+    let (url, script) = (url.to_owned(), script.to_owned());
+    let run = move || {
+        let mut command = Command::new(psql);
+        command.args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", "set client_min_messages = error"]);
+        command.arg("-f").arg("-").arg(url);
+        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().expect("psql comes with the server");
+        let mut stdin = child.stdin.take().expect("its input is a pipe");
+        stdin.write_all(script.as_bytes()).expect("it reads");
+        drop(stdin);
+        child.wait_with_output().expect("it ends")
+    };
+    blocking(run).await
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use pumphouse::clock::ManualClock;
+use pumphouse::clock::{ManualClock, SystemClock};
 use pumphouse::store::{Memory, Postgres, Sqlite};
 
 use super::stage::Stage;
@@ -29,6 +29,14 @@ pub(crate) async fn sqlite_by(clock: &Arc<ManualClock>) -> Stage {
     let url = format!("sqlite://{}", directory.path().join("house.db").display());
     let store = Sqlite::open(&url, clock.clone()).await.expect("a new file can be opened");
     Stage::manual(Arc::new(store), clock.clone()).with(directory)
+}
+
+/// An empty store in a file of its own that goes by the clock of the machine.
+pub(crate) async fn sqlite_on_a_real_clock() -> Stage {
+    let directory = tempfile::tempdir().expect("a directory to work in");
+    let url = format!("sqlite://{}", directory.path().join("house.db").display());
+    let store = Sqlite::open(&url, Arc::new(SystemClock)).await.expect("a new file can be opened");
+    Stage::real(Arc::new(store)).with(directory)
 }
 
 /// An empty database of its own, which goes by the server's clock.
