@@ -2,6 +2,8 @@
 //!
 //! It needs a table `placed (id integer, customer text)` and a queue `orders` in the same database.
 
+#![expect(clippy::disallowed_methods, reason = "nobody cancels these transactions half-way")]
+
 use pumphouse::model::{NewMessage, QueueName};
 use pumphouse::store::Postgres;
 use sqlx::PgPool;
@@ -16,7 +18,9 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 
 async fn with_sql(database: &PgPool) -> Result<(), Box<dyn std::error::Error>> {
     let mut transaction = database.begin().await?;
-    sqlx::query("insert into placed (id, customer) values (20, 'grace')").execute(&mut *transaction).await?;
+    sqlx::query("insert into placed (id, customer) values (20, 'grace')")
+        .execute(&mut *transaction)
+        .await?;
     let send = "select pumphouse.send('orders', $1::json, correlation_id => 'order-20')";
     sqlx::query(send).bind(r#"{"customer": "grace"}"#).execute(&mut *transaction).await?;
     transaction.commit().await?;

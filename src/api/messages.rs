@@ -285,11 +285,7 @@ pub(super) async fn list(
     Ok(MessageList { items, next: listed.next.map(write_cursor) })
 }
 
-async fn shown(
-    doors: &Doors,
-    record: &Record,
-    with_payload: bool,
-) -> Result<MessageBody, Problem> {
+async fn shown(doors: &Doors, record: &Record, with_payload: bool) -> Result<MessageBody, Problem> {
     let mut body = message_body(record);
     if with_payload && let Some(payload) = doors.pump().store().payload(record.head.id).await? {
         put_payload(&mut body, &payload);

@@ -54,11 +54,9 @@ impl ListQuery {
     }
 
     pub(super) fn filter(&self) -> Result<Filter, Problem> {
-        for (name, value) in [
-            ("status", &self.status),
-            ("error_kind", &self.error_kind),
-            ("q", &self.q),
-        ] {
+        for (name, value) in
+            [("status", &self.status), ("error_kind", &self.error_kind), ("q", &self.q)]
+        {
             if let Some(value) = value {
                 if name == "error_kind" {
                     ErrorKind::parse(value)?;

@@ -9,8 +9,8 @@ use url::Url;
 use utoipa::ToSchema;
 
 use crate::model::{
-    self, Bounds, Builtin, Concurrency, GroupOnDead, HttpHandler, Invalid, MASK, OnExpiry, QueueSettings,
-    RateLimit, Retention, Scope,
+    self, Bounds, Builtin, Concurrency, GroupOnDead, HttpHandler, Invalid, MASK, OnExpiry,
+    QueueSettings, RateLimit, Retention, Scope,
 };
 
 use super::envelope::not_available;

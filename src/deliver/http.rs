@@ -77,8 +77,10 @@ impl Endpoint {
         let (response, connection) = self.connections.send(request).await.map_err(unanswered)?;
         let (parts, body) = response.into_parts();
         let carries = Carries::of(&parts.headers);
-        let most = if carries == Carries::Messages { self.answer_max } else { ANSWER_READ_MAX };
-        let keep = if carries == Carries::Messages { most } else { ANSWER_KEPT };
+        let (most, keep) = match carries {
+            Carries::Messages | Carries::Events => (self.answer_max, self.answer_max),
+            Carries::Nothing => (ANSWER_READ_MAX, ANSWER_KEPT),
+        };
         let body = read(body, keep, most).await?;
         if body.is_whole {
             connection.keep();
@@ -109,11 +111,13 @@ impl Endpoint {
         let enqueued_at = head.enqueued_at.to_string();
         ours("webhook-id", &id);
         ours("webhook-timestamp", &now.as_second().to_string());
-        ours("ce-specversion", "1.0");
-        ours("ce-id", &id);
-        ours("ce-source", &format!("/queues/{}", head.queue));
-        ours("ce-type", head.kind.as_deref().unwrap_or("pumphouse.message"));
-        ours("ce-time", &enqueued_at);
+        if head.details.event.is_empty() {
+            ours("ce-specversion", "1.0");
+            ours("ce-id", &id);
+            ours("ce-source", &format!("/queues/{}", head.queue));
+            ours("ce-type", head.kind.as_deref().unwrap_or("pumphouse.message"));
+            ours("ce-time", &enqueued_at);
+        }
         ours("pumphouse-queue", head.queue.as_str());
         ours("pumphouse-attempt", &attempt.to_string());
         ours("pumphouse-max-attempts", &max_attempts.to_string());
@@ -132,6 +136,10 @@ impl Endpoint {
             if let Some(value) = value {
                 ours(name, value);
             }
+        }
+        // An event goes on as it came.
+        for (name, value) in &head.details.event {
+            put(&mut headers, &format!("ce-{name}"), value);
         }
         // Said outright, because for an empty body the client would leave it out.
         headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
@@ -227,21 +235,19 @@ fn meaning(
             ));
         }
     };
-    let sent = match (&verdict, carries) {
-        (Verdict::Ack, Carries::Messages) if !body.is_whole => {
-            let detail = "an answer that carries messages is not longer than the body limit";
-            return Err(failure(ErrorKind::TooLarge, detail.to_owned()));
-        }
-        (Verdict::Ack, Carries::Messages) => {
-            sent::read(&body.kept, at).map_err(|detail| failure(ErrorKind::Malformed, detail))?
-        }
-        (Verdict::Ack, Carries::Events) => {
-            let detail = "the answer carries CloudEvents, which this version cannot send";
-            return Err(failure(ErrorKind::Malformed, detail.to_owned()));
-        }
-        // Nothing is sent without an ack.
-        (_, _) => Vec::new(),
-    };
+    let sent =
+        match (&verdict, carries) {
+            (Verdict::Ack, Carries::Messages | Carries::Events) if !body.is_whole => {
+                let detail = "an answer that carries messages is not longer than the body limit";
+                return Err(failure(ErrorKind::TooLarge, detail.to_owned()));
+            }
+            (Verdict::Ack, Carries::Messages) => sent::read(&body.kept, at)
+                .map_err(|detail| failure(ErrorKind::Malformed, detail))?,
+            (Verdict::Ack, Carries::Events) => sent::read_events(&body.kept)
+                .map_err(|detail| failure(ErrorKind::Malformed, detail))?,
+            // Nothing is sent without an ack.
+            (_, _) => Vec::new(),
+        };
     Ok(Answer { verdict, status: Some(status.as_u16()), excerpt, sent })
 }
 

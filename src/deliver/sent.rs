@@ -7,11 +7,11 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 
-use crate::model::{Envelope, Idempotency, Invalid, NewMessage, QueueName};
+use crate::model::{Envelope, Idempotency, Invalid, NewMessage, QueueName, message_of_event};
 
 /// The media type of an answer that carries messages.
 const CARRIES: &str = "application/vnd.pumphouse.messages+json";
-/// One that asks for the same in a way that this version does not know: refused rather than overlooked.
+/// One that carries CloudEvents, each of which names its queue in an extension.
 const EVENTS: &str = "application/cloudevents-batch+json";
 /// How many messages an answer carries at most.
 const SENT_MAX: usize = 1000;
@@ -51,10 +51,23 @@ pub(super) fn read(body: &[u8], now: Timestamp) -> Result<Vec<NewMessage>, Strin
     if body.messages.len() > SENT_MAX {
         return Err(format!("an answer carries at most {SENT_MAX} messages"));
     }
-    let one = |(number, raw): (usize, &Box<RawValue>)| {
+    let one = |(number, raw): (usize, &RawValue)| {
         message(raw, now).map_err(|detail| format!("/messages/{number}{detail}"))
     };
-    body.messages.iter().enumerate().map(one).collect()
+    body.messages.iter().map(|raw| &**raw).enumerate().map(one).collect()
+}
+
+/// Reads a batch of CloudEvents. **Fails** in the same way.
+pub(super) fn read_events(body: &[u8]) -> Result<Vec<NewMessage>, String> {
+    let events = serde_json::from_slice::<Vec<Box<RawValue>>>(body)
+        .map_err(|error| format!("the answer carries no events: {}", place(&error)))?;
+    if events.len() > SENT_MAX {
+        return Err(format!("an answer carries at most {SENT_MAX} events"));
+    }
+    let one = |(number, raw): (usize, &RawValue)| {
+        message_of_event(raw.get()).map_err(|wrong| wrong.under(&format!("/{number}")).to_string())
+    };
+    events.iter().map(|raw| &**raw).enumerate().map(one).collect()
 }
 
 fn message(raw: &RawValue, now: Timestamp) -> Result<NewMessage, String> {
@@ -123,6 +136,18 @@ mod tests {
             (r#"{"messages": [{"queue": "a", "payload": 1, "secret": 1}]}"#, "/messages/0"),
         ] {
             let wrong = read(body).unwrap_err();
+            assert!(wrong.contains(names) && !wrong.contains("secret"), "{body}: {wrong}");
+        }
+        for (body, names) in [
+            ("secret", "not JSON"),
+            ("{}", "member"),
+            (r#"[{"specversion": "1.0", "id": "1", "source": "/s", "type": "t"}]"#, "/0/queue"),
+            (
+                r#"[{"queue": "q", "specversion": "1.0", "id": "secret", "source": "/s"}]"#,
+                "/0/type",
+            ),
+        ] {
+            let wrong = read_events(body.as_bytes()).unwrap_err();
             assert!(wrong.contains(names) && !wrong.contains("secret"), "{body}: {wrong}");
         }
         let many = format!(

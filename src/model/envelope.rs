@@ -14,8 +14,8 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use super::{
-    DELAY_MAX, Details, IDEMPOTENCY_KEY_MAX, Idempotency, Invalid, NewMessage, PRIORITY_MAX, PRIORITY_MIN,
-    QueueName, TEXT_MAX, When, parse_span,
+    DELAY_MAX, Details, IDEMPOTENCY_KEY_MAX, Idempotency, Invalid, NewMessage, PRIORITY_MAX,
+    PRIORITY_MIN, QueueName, TEXT_MAX, When, parse_span,
 };
 
 /// A message with its options, as JSON. Members that it does not know are refused.
@@ -170,7 +170,8 @@ impl Form {
                 wrong.push(Invalid::new(self.name("group"), "a message of a group has no delay"));
             }
             if message.priority != 0 {
-                wrong.push(Invalid::new(self.name("group"), "a message of a group has no priority"));
+                wrong
+                    .push(Invalid::new(self.name("group"), "a message of a group has no priority"));
             }
         }
         let mut size = 0;

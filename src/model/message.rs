@@ -152,6 +152,9 @@ pub struct Details {
     /// On whose behalf it was sent: those who wait take turns.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fairness_key: Option<String>,
+    /// The attributes and extensions of a CloudEvent, by name; empty for a message that is none.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub event: Vec<(String, String)>,
     /// W3C trace context of the sender.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,

@@ -21,18 +21,20 @@ mod outcome;
 mod possible;
 mod rules;
 mod envelope;
+mod event;
 mod guard;
 mod queue;
 
 pub use envelope::{Envelope, Form, check_forwarded, check_key, check_text, moment, priority};
+pub use event::message_of_event;
 pub use guard::{Breaker, BreakerSettings, Guard, GuardChange, Hold};
 pub use invalid::Invalid;
 pub use lease::{Lease, Leased, Token};
 pub use lifecycle::{State, may_move};
 pub use lineage::children;
 pub use message::{
-    DELAY_MAX, Details, Head, IDEMPOTENCY_KEY_MAX, Idempotency, Lasts, Message, MessageId, NewMessage,
-    PRIORITY_MAX, PRIORITY_MIN, Record, TEXT_MAX, Tries, When, group_number,
+    DELAY_MAX, Details, Head, IDEMPOTENCY_KEY_MAX, Idempotency, Lasts, Message, MessageId,
+    NewMessage, PRIORITY_MAX, PRIORITY_MIN, Record, TEXT_MAX, Tries, When, group_number,
 };
 pub use names::{QueueName, ReplicaName};
 pub use outcome::{
@@ -40,9 +42,9 @@ pub use outcome::{
     Outcome, Settlement, Verdict,
 };
 pub use queue::{
-    Backoff, Bounds, Builtin, Concurrency, Curve, GroupOnDead, Handler, HttpHandler, Jitter, LEASE_MARGIN,
-    LIMIT_MAX, MASK, OnExpiry, QueueRecord, QueueSettings, RateLimit, Recovery, Retention,
-    RetryStatuses, RunState, Scope, Stopped,
+    Backoff, Bounds, Builtin, Concurrency, Curve, GroupOnDead, Handler, HttpHandler, Jitter,
+    LEASE_MARGIN, LIMIT_MAX, MASK, OnExpiry, QueueRecord, QueueSettings, RateLimit, Recovery,
+    Retention, RetryStatuses, RunState, Scope, Stopped,
 };
 pub use rules::{Action, Match, Numbers, RULES_MAX, Rule};
 pub use span::{parse_span, span_text};

@@ -18,13 +18,15 @@ pub struct Usual {
 ///
 /// As many as will be started within 100 ms at the pace of the last deliveries, so that a slow
 /// handler holds nothing that another replica could be delivering; at most as many as two claims take, and
-/// about 16 MiB of payload. None before anything was seen.
-pub fn prefetch(limit: u32, usual: Option<Usual>) -> usize {
+/// about 16 MiB of payload. None before anything was seen. Where messages take turns, as many as will be started
+/// within 15 ms: what is held here goes before whoever comes next.
+pub fn prefetch(limit: u32, usual: Option<Usual>, in_turn: bool) -> usize {
     let Some(usual) = usual else { return 0 };
-    let rounds = HORIZON.as_secs_f64() / usual.delivery.as_secs_f64().max(1e-4);
-    if rounds < 1.0 {
+    let horizon = if in_turn { HORIZON_IN_TURN } else { HORIZON };
+    if usual.delivery > HORIZON {
         return 0;
     }
+    let rounds = horizon.as_secs_f64() / usual.delivery.as_secs_f64().max(1e-4);
     let ahead = f64::from(limit) * rounds;
     let fitting = AHEAD_BYTES_MAX / usual.size.max(1);
     (ahead as usize).min(2 * LEASE_BATCH_MAX).min(usize::try_from(fitting).unwrap_or(usize::MAX))
@@ -34,10 +36,16 @@ pub fn prefetch(limit: u32, usual: Option<Usual>) -> usize {
 const AHEAD_BYTES_MAX: u64 = 16 << 20;
 /// How far ahead messages are held.
 const HORIZON: Duration = Duration::from_millis(100);
+/// The same where messages take turns: about what a claim takes.
+const HORIZON_IN_TURN: Duration = Duration::from_millis(15);
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn prefetch(limit: u32, usual: Option<Usual>) -> usize {
+        super::prefetch(limit, usual, false)
+    }
 
     fn usual(delivery: Duration) -> Option<Usual> {
         Some(Usual { delivery, size: 256 })
@@ -51,10 +59,17 @@ mod tests {
     }
 
     #[test]
+    fn where_messages_take_turns_less_is_at_hand() {
+        assert_eq!(super::prefetch(16, usual(Duration::from_millis(20)), true), 12);
+        assert_eq!(super::prefetch(8, usual(Duration::from_millis(50)), true), 2);
+    }
+
+    #[test]
     fn a_slow_or_unknown_handler_holds_nothing_ahead() {
         assert_eq!(prefetch(16, usual(Duration::from_secs(1))), 0);
         assert_eq!(prefetch(16, None), 0);
         assert_eq!(prefetch(0, usual(Duration::from_millis(1))), 0);
+        assert_eq!(super::prefetch(16, usual(Duration::from_secs(1)), true), 0);
     }
 
     #[test]

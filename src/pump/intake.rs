@@ -50,6 +50,8 @@ impl QueuePump {
                 }
                 Ok(leased) => {
                     pause = PAUSE_MIN;
+                    let key = |next: &Leased| next.message.head.details.fairness_key.is_some();
+                    self.in_turn.store(leased.iter().any(key), Ordering::Relaxed);
                     for next in leased {
                         // The loop on the other side reads until this side is gone, or the round is cut.
                         if let Err(refused) = hand_over.send(Held::now(next)) {
@@ -109,7 +111,8 @@ impl QueuePump {
             }),
         };
         let ceiling = self.ceiling.limit();
-        let ahead = policy::prefetch(self.gate.limit().min(ceiling), usual);
+        let in_turn = self.in_turn.load(Ordering::Relaxed);
+        let ahead = policy::prefetch(self.gate.limit().min(ceiling), usual, in_turn);
         let wanted = self.gate.free().min(ceiling as usize) + ahead;
         self.can_start().map_or(wanted, |can_start| wanted.min(can_start))
     }

@@ -79,6 +79,8 @@ struct QueuePump {
     late: AtomicBool,
     /// Bounds what was delivered and is not yet settled.
     settling: Semaphore,
+    /// Whether messages take turns, by the last claim.
+    in_turn: AtomicBool,
     /// What a delivery usually takes, in microseconds; 0 for not known.
     usual: AtomicU64,
     /// How many bytes of payload a message usually has.
@@ -93,8 +95,8 @@ struct Setup {
 }
 
 /// A delivery that has ended.
-#[derive(Debug, Clone, Copy)]
 struct Attempt {
+    setup: Arc<Setup>,
     tries: Tries,
     started_at: Timestamp,
     took: Duration,
@@ -176,8 +178,9 @@ impl QueuePump {
         let was_cut = matches!(&outcome, Err(failure) if failure.kind == ErrorKind::Cancelled);
         // Two readings of the database's clock and one span of ours, because ours may be wrong.
         let age = since(leased.message.head.enqueued_at, leased.leased_at) + took;
-        let attempt = Attempt { tries: leased.tries, started_at: started.1, took, age, step };
-        let decision = self.judge(&attempt, &setup, &outcome);
+        let (tries, started_at) = (leased.tries, started.1);
+        let attempt = Attempt { setup: Arc::clone(&setup), tries, started_at, took, age, step };
+        let decision = self.judge(&attempt, &outcome);
         self.learn_pace(took, &outcome, &setup.settings);
         let telling = self.heed(&outcome, &decision, &setup.settings, step);
         learn(&self.usual, u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1));
@@ -193,7 +196,7 @@ impl QueuePump {
         drop(slots);
         round.count_ended(was_cut);
 
-        let settled = self.write(&attempt, lease, decision, &outcome, sent, &setup, &round);
+        let settled = self.write(&attempt, lease, decision, &outcome, sent, &round);
         match telling {
             Some(telling) => drop(tokio::join!(settled, self.tell_guard(telling, &round))),
             None => settled.await,
@@ -209,14 +212,13 @@ impl QueuePump {
         decision: Decision,
         outcome: &Result<Answer, Failure>,
         sent: Vec<NewMessage>,
-        setup: &Setup,
         round: &Round,
     ) {
         let settle = self.settlement(attempt, lease.clone(), decision, outcome, sent, round).await;
         let Some(what) = self.settle(settle, round).await else { return };
         let status = outcome.as_ref().ok().and_then(|answer| answer.status);
         let failed = Err(Failure { status, ..Failure::new(ErrorKind::Malformed, what) });
-        let decision = self.judge(attempt, setup, &failed);
+        let decision = self.judge(attempt, &failed);
         let settle = self.settlement(attempt, lease, decision, &failed, Vec::new(), round).await;
         let _nothing_was_sent = self.settle(settle, round).await;
     }
@@ -307,16 +309,12 @@ impl QueuePump {
         cut.unwrap_or_else(|| Err(Failure::new(ErrorKind::Cancelled, "the pump was stopped")))
     }
 
-    fn judge(
-        &self,
-        attempt: &Attempt,
-        setup: &Setup,
-        outcome: &Result<Answer, Failure>,
-    ) -> Decision {
+    fn judge(&self, attempt: &Attempt, outcome: &Result<Answer, Failure>) -> Decision {
         let Attempt { tries, age, step, .. } = *attempt;
-        let recovery = &setup.settings.recovery;
+        let settings = &attempt.setup.settings;
+        let recovery = &settings.recovery;
         let chance = self.clock.chance();
-        match (outcome, step.zip(setup.settings.breaker.as_ref())) {
+        match (outcome, step.zip(settings.breaker.as_ref())) {
             (Ok(answer), _) => policy::after_verdict(recovery, answer, tries, age, chance),
             (Err(failure), Some((step, breaker))) => {
                 let open_for = breaker.opens_for(step.times.saturating_add(1));

@@ -12,8 +12,8 @@ use bytes::Bytes;
 use jiff::Timestamp;
 
 use crate::model::{
-    DELIVERIES_KEPT, DeliveryRecord, GroupOnDead, Guard, MessageId, QueueName, QueueSettings, Record,
-    ReplicaName, RunState, State, Token,
+    DELIVERIES_KEPT, DeliveryRecord, GroupOnDead, Guard, MessageId, QueueName, QueueSettings,
+    Record, ReplicaName, RunState, State, Token,
 };
 
 use super::super::{CEILING_DEFAULT, News, PumpRecord, Receipt};
@@ -262,7 +262,9 @@ impl Books {
         queue.counts[row.record.state as usize] += 1;
         queue.behind += u64::from(row.turn == Turn::Behind);
         match row.record.state {
-            State::Ready if row.turn == Turn::Behind => drop(queue.oldest_behind.insert((row.record.deliver_at, seq))),
+            State::Ready if row.turn == Turn::Behind => {
+                queue.oldest_behind.insert((row.record.deliver_at, seq));
+            }
             State::Ready => {
                 queue.ready.insert(place(seq, row));
                 self.told.queues.insert(name.clone());

@@ -146,7 +146,8 @@ fn row(message: NewMessage, now: Timestamp) -> Row {
     };
     let body = message.body;
     let turn = Turn::None;
-    let mut row = Row { record, body, receipt, deliveries: Vec::new(), urgent: false, hold: None, turn };
+    let mut row =
+        Row { record, body, receipt, deliveries: Vec::new(), urgent: false, hold: None, turn };
     row.line_up();
     row
 }

@@ -142,8 +142,19 @@ select distinct (select name from queue where queue.id = taken.queue_id) as queu
 from taken";
 
 /// The statements of this file.
-pub(super) const STATEMENTS: &[&str] =
-    &[TAKE_SENT, ENTER, REPORT, LEAVE, FORGET_DEAD, ALIVE, GIVE_UP_SHARES, TAKEN, TAKE, REVISION, TAKE_BACK];
+pub(super) const STATEMENTS: &[&str] = &[
+    TAKE_SENT,
+    ENTER,
+    REPORT,
+    LEAVE,
+    FORGET_DEAD,
+    ALIVE,
+    GIVE_UP_SHARES,
+    TAKEN,
+    TAKE,
+    REVISION,
+    TAKE_BACK,
+];
 
 pub(super) async fn attend(store: &Postgres, attendance: Attendance) -> Result<Attended> {
     // Before it is written, so that no lease is taken in the name of an earlier start of this process.

@@ -124,10 +124,10 @@ turns as (
     order by grp
 ),
 next as materialized (
-    select turns.queue_id, turns.grp, behind.seq
+    select turns.queue_id, turns.grp, behind.seq, behind.tid
     from turns
     cross join lateral (
-        select behind.seq
+        select behind.seq, behind.ctid as tid
         from behind
         where behind.queue_id = turns.queue_id
             and behind.grp = turns.grp
@@ -149,9 +149,7 @@ heads as (
 ),
 won as (
     delete from behind
-    where queue_id = any(array(select queue_id from next))
-        and grp = any(array(select grp from next))
-        and seq = any(array(select seq from next where seq = any(array(select seq from heads))))
+    where ctid = any(array(select tid from next where seq = any(array(select seq from heads))))
     returning seq
 ),
 leased as (
@@ -412,7 +410,8 @@ fn read(rows: Vec<PgRow>, queue: &QueueName, until: Instant) -> Result<Claimed, 
     if let Some(first) = rows.first() {
         claimed.dropped = first.try_get("dropped")?;
         let last: Option<i32> = first.try_get("last_lane")?;
-        claimed.last_lane = first.try_get("in_turn").map(|turn: bool| turn.then(|| last.unwrap_or(0)))?;
+        claimed.last_lane =
+            first.try_get("in_turn").map(|turn: bool| turn.then(|| last.unwrap_or(0)))?;
     }
     for row in rows {
         let Some(seq) = row.try_get("seq")? else { continue };

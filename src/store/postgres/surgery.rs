@@ -454,8 +454,7 @@ async fn bring_back(
 }
 
 pub(super) async fn delete_dead(store: &Postgres, id: MessageId) -> Result<Amended> {
-    let deleted =
-        store.hands.transact(move |connection| Box::pin(delete(connection, id))).await?;
+    let deleted = store.hands.transact(move |connection| Box::pin(delete(connection, id))).await?;
     if let Amended::Done(record) = &deleted {
         store.herald.tell(Word::of_ready(group_of(record)));
     }

@@ -228,9 +228,18 @@ from_lease as (
 ),
 from_behind as (
     delete from behind
-    where queue_id = any(array(select queue_id from gone where grp is not null))
-        and grp = any(array(select grp from gone where grp is not null))
-        and seq = any(array(select seq from gone where grp is not null))
+    where ctid = any(array(
+        select token.tid
+        from gone
+        cross join lateral (
+            select behind.ctid as tid
+            from behind
+            where behind.queue_id = gone.queue_id
+                and behind.grp = gone.grp
+                and behind.seq = gone.seq
+            limit 1
+        ) as token
+    ))
 ),
 from_head as (
     delete from head

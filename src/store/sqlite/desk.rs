@@ -402,7 +402,11 @@ impl Count {
     }
 
     fn from_code(code: i64) -> sqlx::Result<Self> {
-        if code == i64::from(BEHIND) { Ok(Self::Behind) } else { rows::state(code).map(Self::State) }
+        if code == i64::from(BEHIND) {
+            Ok(Self::Behind)
+        } else {
+            rows::state(code).map(Self::State)
+        }
     }
 
     fn code(self) -> i16 {

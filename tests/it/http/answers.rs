@@ -10,6 +10,7 @@ use crate::support::{eventually, on_both};
 
 on_both! {
     what_an_answer_carries_is_sent_with_the_ack
+    events_in_an_answer_are_sent_and_go_on_as_they_came
     nothing_is_sent_without_an_ack
     what_cannot_be_sent_makes_a_failed_delivery_and_sends_nothing
 }
@@ -51,6 +52,42 @@ async fn what_an_answer_carries_is_sent_with_the_ack(database: Database) {
     assert!(conversation.iter().filter(|it| it["causation_id"] == root).count() == 2);
     assert_eq!(number(&scene.client.queue("c").await["stats"], "/scheduled"), 1);
     assert_eq!(scene.client.state(&root).await, "completed");
+}
+
+async fn events_in_an_answer_are_sent_and_go_on_as_they_came(database: Database) {
+    let scene = Scene::on(database).await;
+    for name in ["a", "b"] {
+        scene.queue(name).await;
+    }
+    let events = |events: Value| {
+        Reply::new(200)
+            .header("content-type", "application/cloudevents-batch+json; charset=utf-8")
+            .body(events.to_string())
+    };
+    let event = json!({"specversion": "1.0", "id": "e 1", "source": "/shop", "type": "order.placed",
+        "subject": "größer", "tenant": 7, "queue": "b", "datacontenttype": "text/plain", "data": "x"});
+    scene.receiver.set("/a", events(json!([event, event])).into());
+    let root = scene.client.send("a", "x").await;
+    let sent = scene.receiver.wait_for("/b", 2).await;
+    for delivery in &sent {
+        let said = ["ce-specversion", "ce-id", "ce-source", "ce-type", "ce-subject", "ce-tenant"];
+        let said = said.map(|name| delivery.header(name));
+        assert_eq!(said, ["1.0", "e%201", "/shop", "order.placed", "gr%C3%B6%C3%9Fer", "7"]);
+        assert_eq!((delivery.header("ce-queue"), delivery.header("ce-time")), ("", ""));
+        assert_eq!(
+            (&delivery.body[..], delivery.header("content-type")),
+            (&b"x"[..], "text/plain")
+        );
+        assert_eq!(delivery.header("pumphouse-causation-id"), root);
+    }
+    assert_ne!(sent[0].id, sent[1].id, "each is a message of its own");
+    scene.queue_with("a", json!({"recovery": {"max_attempts": 1}})).await;
+    scene.receiver.set("/a", events(json!([event, {"queue": "b"}])).into());
+    let id = scene.client.send("a", "x").await;
+    eventually("it is dead", async || scene.client.state(&id).await == "dead").await;
+    let error = scene.client.message(&id).await["deliveries"][0]["error"].clone();
+    assert!(text(&error, "").contains("/1/"), "{error}");
+    assert_eq!(scene.receiver.count("/b"), 2);
 }
 
 async fn nothing_is_sent_without_an_ack(database: Database) {

@@ -68,9 +68,12 @@ async fn a_transaction_that_is_open_for_long_delays_nobody() {
     }
     run(&mut mine, "begin").await.unwrap();
     for _ in 0..100 {
-        run(&mut mine, "select pumphouse.send('q', '1'), pumphouse.send('q', '2', in_group => 'g')")
-            .await
-            .unwrap();
+        run(
+            &mut mine,
+            "select pumphouse.send('q', '1'), pumphouse.send('q', '2', in_group => 'g')",
+        )
+        .await
+        .unwrap();
     }
     let mut beside = Vec::new();
     for _ in 0..9 {
@@ -109,7 +112,10 @@ async fn what_is_wrong_over_http_is_wrong_in_sql() {
         ("select pumphouse.send('q', '1', priority => null)", "priority"),
         ("select pumphouse.send('q', '1', delay => '-1s')", "delay"),
         ("select pumphouse.send('q', '1', delay => '367 days')", "delay"),
-        ("select pumphouse.send('q', '1', deliver_at => now() + interval '367 days')", "deliver_at"),
+        (
+            "select pumphouse.send('q', '1', deliver_at => now() + interval '367 days')",
+            "deliver_at",
+        ),
         ("select pumphouse.send('q', '1', delay => '1s', deliver_at => now())", "exclude"),
         ("select pumphouse.send('q', '1', expires_in => '1s', expires_at => now())", "exclude"),
         ("select pumphouse.send('q', '1', in_group => 'g', delay => '1s')", "neither delay"),
@@ -142,9 +148,14 @@ async fn what_can_be_said_over_http_can_be_said_in_sql() {
     };
     let later = send(&mut mine, "delay => '1 hour', priority => 5, expires_in => '2 hours'").await;
     let message = scene.client.message(&later).await;
-    assert_eq!((text(&message, "/state").as_str(), number(&message, "/priority")), ("scheduled", 5));
-    let first = send(&mut mine, "idempotency_key => 'k', in_group => 'g', fairness_key => 't'").await;
-    let again = send(&mut mine, "idempotency_key => 'k', in_group => 'g', fairness_key => 't'").await;
+    assert_eq!(
+        (text(&message, "/state").as_str(), number(&message, "/priority")),
+        ("scheduled", 5)
+    );
+    let first =
+        send(&mut mine, "idempotency_key => 'k', in_group => 'g', fairness_key => 't'").await;
+    let again =
+        send(&mut mine, "idempotency_key => 'k', in_group => 'g', fairness_key => 't'").await;
     assert_eq!(first, again);
     let message = scene.client.message(&first).await;
     assert_eq!((&message["group"], &message["fairness_key"]), (&json!("g"), &json!("t")));

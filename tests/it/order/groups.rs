@@ -48,7 +48,8 @@ async fn send_all(scene: &Scene) {
         "/q",
         Mood::by(|delivery| {
             let chance = mix(number_in(delivery) as u64);
-            if chance % 10 == 0 && delivery.attempt <= 2 { Mood::status(500) } else { Mood::ack() }
+            let fails = chance.is_multiple_of(10) && delivery.attempt <= 2;
+            if fails { Mood::status(500) } else { Mood::ack() }
         }),
     );
     for batch in 0..MESSAGES / 1_000 {
@@ -91,7 +92,10 @@ async fn check(scene: &Scene) {
         done += usize::from(last.succeeded() && number_in(last) >= MESSAGES - GROUPS);
     }
     let failed = deliveries.iter().filter(|delivery| !delivery.succeeded()).count();
-    say!("{} deliveries, {failed} failed, {overlaps} overlaps, {out_of_order} out of order, {done} groups done", deliveries.len());
+    say!(
+        "{} deliveries, {failed} failed, {overlaps} overlaps, {out_of_order} out of order, {done} groups done",
+        deliveries.len()
+    );
     assert_eq!((overlaps, out_of_order, done), (0, 0, GROUPS));
 }
 
@@ -99,7 +103,8 @@ async fn what_a_group_is_through_the_door(database: Database) {
     let scene = Scene::on(database).await;
     scene.queue("q").await;
     scene.receiver.set("/q", Mood::Hang);
-    let send = |n: usize| scene.client.message_to("q", n.to_string()).header("Pumphouse-Group", "g");
+    let send =
+        |n: usize| scene.client.message_to("q", n.to_string()).header("Pumphouse-Group", "g");
     let mut ids = Vec::new();
     for n in 0..3 {
         ids.push(ask(send(n)).await.expect(201).id());
@@ -121,7 +126,9 @@ async fn what_a_group_is_through_the_door(database: Database) {
     for (header, value) in [("Pumphouse-Delay", "1s"), ("Pumphouse-Priority", "1")] {
         ask(send(9).header(header, value)).await.expect_problem(422, "invalid");
     }
-    ask(scene.client.message_to("q", "x").header("Pumphouse-Group", "")).await.expect_problem(422, "invalid");
+    ask(scene.client.message_to("q", "x").header("Pumphouse-Group", ""))
+        .await
+        .expect_problem(422, "invalid");
     assert_eq!(scene.receiver.count("/q"), 2);
 }
 
@@ -130,7 +137,8 @@ async fn a_blocked_group_goes_on_when_its_dead_letter_is_redriven(database: Data
     scene.queue_with("q", json!({"group_on_dead": "block"})).await;
     assert_eq!(scene.client.queue("q").await["group_on_dead"], "block");
     scene.receiver.set("/q", Mood::status(400));
-    let send = |n: usize| scene.client.message_to("q", n.to_string()).header("Pumphouse-Group", "g");
+    let send =
+        |n: usize| scene.client.message_to("q", n.to_string()).header("Pumphouse-Group", "g");
     let dead = ask(send(0)).await.expect(201).id();
     eventually("it is dead", async || scene.client.state(&dead).await == "dead").await;
     scene.receiver.set("/q", Mood::ack());
@@ -140,9 +148,10 @@ async fn a_blocked_group_goes_on_when_its_dead_letter_is_redriven(database: Data
     pass(Duration::from_millis(300)).await;
     assert_eq!(scene.client.state(&next).await, "ready");
     let redrive = json!({"filter": {"group": "g", "queue": "q"}});
-    let redriven = scene.client.post("/admin/v1/dead-letters/redrive", &redrive).await.expect(200);
+    let redriven = scene.client.post("/admin/v1/redrives", &redrive).await.expect(200);
     assert_eq!(redriven.json()["redriven"], 1);
     scene.receiver.wait_for_message(&next).await;
-    let numbers = scene.receiver.deliveries("/q").iter().map(|it| it.body.clone()).collect::<Vec<_>>();
+    let numbers =
+        scene.receiver.deliveries("/q").iter().map(|it| it.body.clone()).collect::<Vec<_>>();
     assert_eq!(numbers, [&b"0"[..], b"of no group", b"0", b"1"]);
 }

@@ -79,7 +79,8 @@ impl House {
         let port = free.local_addr().expect("it has an address").port();
         drop(free);
         let script = blocks(PAGE).into_iter().find(|block| block.language == "python");
-        let script = script.expect("the page has a handler").text.replace("9000", &port.to_string());
+        let script =
+            script.expect("the page has a handler").text.replace("9000", &port.to_string());
         let mut file = tempfile::NamedTempFile::new().expect("a file can be made");
         file.write_all(script.as_bytes()).expect("a file can be written");
         let (_, path) = file.keep().expect("it stays");
@@ -103,11 +104,7 @@ impl House {
         let command = self.here(command);
         let output = Command::new("sh").args(["-c", &command]).stdin(Stdio::null()).output().await;
         let output = output.expect("there is a shell");
-        assert!(
-            output.status.success(),
-            "{command}: {}",
-            String::from_utf8_lossy(&output.stderr)
-        );
+        assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
         String::from_utf8(output.stdout).expect("answers are text")
     }
 

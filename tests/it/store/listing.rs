@@ -140,8 +140,15 @@ pub(crate) async fn a_list_is_stable_while_messages_are_deleted(stage: Stage) {
 
 pub(crate) async fn depths_show_every_queue_also_an_empty_one(stage: Stage) {
     let (empty, queue) = (stage.queue("empty").await, stage.queue("letters").await);
-    let nothing =
-        |queue| Depth { queue, ready: 0, behind: 0, scheduled: 0, leased: 0, dead: 0, oldest_ready: None };
+    let nothing = |queue| Depth {
+        queue,
+        ready: 0,
+        behind: 0,
+        scheduled: 0,
+        leased: 0,
+        dead: 0,
+        oldest_ready: None,
+    };
     assert_eq!(stage.depth(&queue).await, nothing(queue.clone()));
     stage.send_and_settle(&queue, Settlement::Ack).await;
     stage.send_and_settle(&queue, dead_letter("a test")).await;

@@ -9,7 +9,16 @@ use crate::support::postgres::fresh_database;
 
 /// Tables that grow with the number of messages. What is not in here stays small.
 const BIG: [&str; 10] = [
-    "message", "content", "ready", "behind", "head", "scheduled", "lease", "delivery", "idempotency", "dead",
+    "message",
+    "content",
+    "ready",
+    "behind",
+    "head",
+    "scheduled",
+    "lease",
+    "delivery",
+    "idempotency",
+    "dead",
 ];
 
 /// Rows in every big table, spread over sixty queues.

@@ -3,9 +3,9 @@
 use jiff::Timestamp;
 use pumphouse::model::{
     Action, Backoff, Bounds, Breaker, BreakerSettings, Builtin, Concurrency, Curve, ErrorKind,
-    GroupOnDead, Guard, GuardChange, Handler, Hold, HttpHandler, Jitter, Match, OnExpiry, QueueRecord,
-    QueueSettings, RateLimit, Recovery, Retention, RetryStatuses, Rule, RunState, Scope,
-    Settlement, State, Stopped,
+    GroupOnDead, Guard, GuardChange, Handler, Hold, HttpHandler, Jitter, Match, OnExpiry,
+    QueueRecord, QueueSettings, RateLimit, Recovery, Retention, RetryStatuses, Rule, RunState,
+    Scope, Settlement, State, Stopped,
 };
 use pumphouse::store::{CEILING_DEFAULT, DeleteQueue, Precondition, PumpRecord, PutQueue};
 use std::time::Duration;

@@ -35,7 +35,9 @@ async fn groups_keep_their_order_in_a_crowd_on_postgres() {
     crowd(stages.into()).await;
     let mut connection = PgConnection::connect(&url).await.unwrap();
     for table in ["ready", "behind", "head", "lease", "scheduled"] {
-        let count = format!("select count(*) from pumphouse.{table} where queue_id = (select id from pumphouse.queue where name = 'crowd')");
+        let count = format!(
+            "select count(*) from pumphouse.{table} where queue_id = (select id from pumphouse.queue where name = 'crowd')"
+        );
         let count = sqlx::query_scalar::<_, i64>(sqlx::AssertSqlSafe(count));
         assert_eq!(count.fetch_one(&mut connection).await.unwrap(), 0, "{table} is empty");
     }
@@ -82,7 +84,8 @@ async fn no_group_stands_still_where_claims_cross() {
                 if leased.is_empty() {
                     pass(Duration::from_millis(1)).await;
                 }
-                let settle = |leased| async move { stage.must_settle(&leased, Settlement::Ack).await };
+                let settle =
+                    |leased| async move { stage.must_settle(&leased, Settlement::Ack).await };
                 futures::future::join_all(leased.into_iter().map(settle)).await;
             }
         });
@@ -170,8 +173,16 @@ async fn crowd(stages: Vec<Stage>) {
     }
     let followers = stages[0].list(&of_queue(&follow), ALL).await.len();
     assert_eq!(followers, seen.followers.load(Ordering::Relaxed), "each once");
-    assert_eq!(seen.late_ones_sent.load(Ordering::Relaxed), 0, "a lease that was lost sends nothing");
-    say!("{} messages, {} came too late, {followers} followed", all.len(), seen.late.load(Ordering::Relaxed));
+    assert_eq!(
+        seen.late_ones_sent.load(Ordering::Relaxed),
+        0,
+        "a lease that was lost sends nothing"
+    );
+    say!(
+        "{} messages, {} came too late, {followers} followed",
+        all.len(),
+        seen.late.load(Ordering::Relaxed)
+    );
     let dead = Filter { state: Some(State::Dead), ..Filter::default() };
     assert_eq!(stages[0].list(&dead, ALL).await, []);
 }
@@ -180,7 +191,7 @@ async fn produce(stages: &[Stage], queue: &QueueName, number: u64) {
     let stage = &stages[number as usize % stages.len()];
     for n in 0..SENT_EACH {
         let chance = mix(number * SENT_EACH + n);
-        let group = (chance % 5 != 0).then(|| format!("group {}", chance / 7 % GROUPS));
+        let group = (!chance.is_multiple_of(5)).then(|| format!("group {}", chance / 7 % GROUPS));
         let details = Details { group, ..Details::default() };
         let kind = Some(format!("{number}-{n}"));
         stage.send(NewMessage { details, kind, ..message(queue, "x") }).await;

@@ -241,7 +241,14 @@ pub(crate) async fn psql(url: &str, script: &str) -> std::process::Output {
     let (url, script) = (url.to_owned(), script.to_owned());
     let run = move || {
         let mut command = Command::new(psql);
-        command.args(["-X", "-q", "-v", "ON_ERROR_STOP=1", "-c", "set client_min_messages = error"]);
+        command.args([
+            "-X",
+            "-q",
+            "-v",
+            "ON_ERROR_STOP=1",
+            "-c",
+            "set client_min_messages = error",
+        ]);
         command.arg("-f").arg("-").arg(url);
         command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().expect("psql comes with the server");
