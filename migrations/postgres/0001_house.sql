@@ -116,6 +116,8 @@ create table ready (
 
 create index ready_urgent on ready (queue_id, rank, due_at, seq) where urgent;
 create index ready_expiring on ready (expires_at) where expires_at is not null;
+-- The tokens of a group.
+create index ready_tokens on ready (queue_id, grp) where grp is not null;
 -- Whether messages take turns, and which of those is due longest.
 create index ready_in_turn on ready (queue_id, due_at) where lane <> 0;
 
@@ -534,7 +536,8 @@ create function take_one(
     #variable_conflict use_variable
     declare
         place record;
-        known record;
+        known idempotency;
+        first idempotency;
         number bigint;
         end_at bigint;
         grp bigint;
@@ -564,6 +567,11 @@ create function take_one(
             else greatest((bits_of(fairness_key) & 2147483647)::integer, 1)
         end;
 
+        -- In one order everywhere, so that two who send with the same keys do not wait for each other.
+        select array_agg(given.key order by given.key), array_agg(given.fingerprint order by given.key),
+            array_agg(given.pending order by given.key)
+        into keys, fingerprints, pending
+        from unnest(keys, fingerprints, pending) as given (key, fingerprint, pending);
         for at in 1 .. coalesce(cardinality(keys), 0) loop
             delete from idempotency
             where idempotency.queue_id = place.id
@@ -587,26 +595,35 @@ create function take_one(
             )
             on conflict (queue_id, key) do nothing;
             if not found then
-                select * into strict known
+                select * into known
                 from idempotency
                 where idempotency.queue_id = place.id
                     and idempotency.key = keys[at];
+                if not found then
+                    raise exception 'somebody else has just used this key'
+                        using errcode = 'serialization_failure', hint = 'Run the transaction again.';
+                end if;
                 if known.fingerprint <> fingerprints[at] then
                     raise exception 'this idempotency key came before with another request'
                         using errcode = 'invalid_parameter_value', hint = 'Use a new key for a new request.';
                 end if;
-                -- What was put down for the other keys goes.
-                delete from idempotency
-                where idempotency.seq = number
-                    and idempotency.queue_id = place.id
-                    and idempotency.key = any(keys);
-                id := known.id;
-                duplicate := true;
-                enqueued_at := known.enqueued_at;
-                deliver_at := known.deliver_at;
-                return;
+                if first is null then
+                    first := known;
+                end if;
             end if;
         end loop;
+        if first is not null then
+            -- What was put down for the other keys goes.
+            delete from idempotency
+            where idempotency.seq = number
+                and idempotency.queue_id = place.id
+                and idempotency.key = any(keys);
+            id := first.id;
+            duplicate := true;
+            enqueued_at := first.enqueued_at;
+            deliver_at := first.deliver_at;
+            return;
+        end if;
 
         if place.max_messages is not null then
             select coalesce(sum(n), 0) into unsettled
@@ -807,7 +824,9 @@ create function send_bytes(
         if idempotency_key is not null then
             keys := keys || key_of('sql', idempotency_key);
             fingerprints := fingerprints || sha256(payload || convert_to(jsonb_build_array(
-                details, type, priority, delay, deliver_at, expires_in, expires_at, correlation_id,
+                -- Times as numbers: their text depends on the settings of the session.
+                details, type, priority, check_span('delay', delay), check_moment('deliver_at', deliver_at),
+                check_span('expires_in', expires_in), check_moment('expires_at', expires_at), correlation_id,
                 unique_while_pending
             )::text, 'UTF8'));
             pending := pending || false;
@@ -866,7 +885,19 @@ create function send(
 
 -- Applications send as a role of their own, which can do nothing else. Where the owner of the schema may make no
 -- roles, an operator grants the same to whom it concerns.
-revoke execute on all functions in schema pumphouse from public;
+do $$
+declare
+    ours regprocedure;
+begin
+    for ours in
+        select oid::regprocedure
+        from pg_proc
+        where pronamespace = 'pumphouse'::regnamespace
+            and proname in ('take_one', 'send', 'send_bytes')
+    loop
+        execute format('revoke execute on function %s from public', ours);
+    end loop;
+end $$;
 
 do $$
 begin

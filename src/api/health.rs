@@ -141,9 +141,13 @@ impl Doors {
             Ok(Err(store::Error::Refused { .. } | store::Error::Corrupt { .. })) => {
                 "cannot be used"
             }
-            Ok(Err(store::Error::Unavailable(_) | store::Error::Busy(_))) | Err(_) => {
-                "does not answer"
-            }
+            Ok(Err(
+                store::Error::Unavailable(_)
+                | store::Error::Busy(_)
+                | store::Error::KeyInUse
+                | store::Error::Rejected { .. },
+            ))
+            | Err(_) => "does not answer",
         };
         *check() = Some((Instant::now(), said));
         said

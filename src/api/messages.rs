@@ -202,7 +202,7 @@ async fn cancel_message(
 #[utoipa::path(post, path = "/v1/messages/{id}/run", tag = "messages",
     params(("id" = String, Path, description = "The message's id")), responses(
     (status = 200, description = "It is due now", body = MessageBody),
-    (status = 409, description = "It does not wait any more", body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 409, description = "It does not wait any more, or it is ready in a group", body = ProblemBody, content_type = "application/problem+json")))]
 async fn run_message(
     State(doors): State<Doors>,
     Path(id): Path<String>,
@@ -226,7 +226,7 @@ async fn run_message(
 #[utoipa::path(patch, path = "/v1/messages/{id}", tag = "messages", request_body = RescheduleBody,
     params(("id" = String, Path, description = "The message's id")), responses(
     (status = 200, description = "It is due then", body = MessageBody),
-    (status = 409, description = "It does not wait any more", body = ProblemBody, content_type = "application/problem+json")))]
+    (status = 409, description = "It does not wait any more, or it is ready in a group", body = ProblemBody, content_type = "application/problem+json")))]
 async fn reschedule_message(
     State(doors): State<Doors>,
     Path(id): Path<String>,

@@ -53,6 +53,7 @@ codes! {
     METHOD_NOT_ALLOWED = "method-not-allowed", METHOD_NOT_ALLOWED, "This address does not take that method";
     WRONG_STATE = "wrong-state", CONFLICT, "The message is in a state that does not allow it";
     NOT_EMPTY = "queue-not-empty", CONFLICT, "The queue has messages";
+    KEY_IN_USE = "idempotency-key-in-use", CONFLICT, "A request with this Idempotency-Key is under way";
     IN_USE = "queue-in-use", CONFLICT, "Somebody sends to the queue in a transaction that is open";
     PRECONDITION = "precondition-failed", PRECONDITION_FAILED, "The precondition does not hold";
     TOO_LARGE = "too-large", PAYLOAD_TOO_LARGE, "The request is too large";
@@ -178,6 +179,11 @@ impl From<store::Error> for Problem {
                 let detail = "the database does not answer; try again, with the same Idempotency-Key if the request writes";
                 Self::new(UNAVAILABLE, detail)
             }
+            store::Error::KeyInUse => {
+                let detail = "a request with this Idempotency-Key is still under way; try again, and nothing is kept twice";
+                Self::new(KEY_IN_USE, detail)
+            }
+            store::Error::Rejected { what } => Self::new(INVALID, what.clone()),
             store::Error::Full(_) => {
                 Self::new(NO_ROOM, "the database has no room left; nothing was kept")
             }

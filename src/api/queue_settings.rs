@@ -42,7 +42,7 @@ pub(super) struct SettingsBody {
     /// sets them aside.
     on_expiry: OnExpiryBody,
     /// What becomes of a group whose first message is dead: `next` lets the next one go, `block` waits until
-    /// the dead letter is redriven or deleted.
+    /// the dead letter is redriven, deleted or past its retention.
     group_on_dead: GroupOnDeadBody,
     /// Not available in this version: null.
     redirect_to: Option<String>,

@@ -89,7 +89,8 @@ struct BatchQuery {
 ///
 /// Any body: its bytes are the payload, its `Content-Type` goes along, options are headers
 /// (`Pumphouse-Type`, `Pumphouse-Delay` or `Pumphouse-Deliver-At`, `Pumphouse-Expires-In` or
-/// `Pumphouse-Expires-At`, `Pumphouse-Priority`, `Pumphouse-Correlation-Id`, `Pumphouse-Causation-Id`,
+/// `Pumphouse-Expires-At`, `Pumphouse-Priority`, `Pumphouse-Group`, `Pumphouse-Fairness-Key`,
+/// `Pumphouse-Unique-While-Pending`, `Pumphouse-Correlation-Id`, `Pumphouse-Causation-Id`,
 /// `Pumphouse-Forward-<name>`, `Idempotency-Key`). Or an envelope, with its media type. When this
 /// answers 201, the message is committed and synced to disk.
 #[utoipa::path(post, path = "/v1/queues/{queue}/messages", tag = "sending",

@@ -17,7 +17,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tower::util::BoxCloneSyncService;
 use tower::{Service, ServiceExt};
 
-use crate::model::{Answer, ErrorKind, Failure, Message, NewMessage, ReplicaName, Verdict};
+use crate::model::{
+    Answer, ErrorKind, Failure, Form, Invalid, Message, NewMessage, ReplicaName, Verdict,
+};
 
 pub use builtin::builtin;
 pub use connections::{Connector, connector};
@@ -45,13 +47,23 @@ pub struct Outbox(Arc<Mutex<Vec<NewMessage>>>);
 
 impl Outbox {
     /// Puts a message in. Its id, its cause and, where it names none, its conversation follow from the message that
-    /// is handled. A queue that does not exist, or is full, makes this delivery a failed one.
+    /// is handled. A queue that does not exist, or is full, makes this delivery a failed one; so do more than 1,000
+    /// messages, and one that has what no message may have (a group together with a delay, say).
     pub fn send(&self, message: NewMessage) {
         self.lock().push(message);
     }
 
-    fn take(&self) -> Vec<NewMessage> {
-        std::mem::take(&mut *self.lock())
+    /// What was put in, or what is wrong with it.
+    fn take(&self) -> Result<Vec<NewMessage>, String> {
+        let sent = std::mem::take(&mut *self.lock());
+        if sent.len() > sent::SENT_MAX {
+            return Err(format!("a delivery sends at most {} messages", sent::SENT_MAX));
+        }
+        for (place, message) in sent.iter().enumerate() {
+            let wrong = |wrong: Vec<Invalid>| format!("/messages/{place}{}", sent::first(&wrong));
+            Form::Envelope.check(message).map_err(wrong)?;
+        }
+        Ok(sent)
     }
 
     fn lock(&self) -> MutexGuard<'_, Vec<NewMessage>> {
@@ -116,7 +128,9 @@ where
         async move {
             match service.oneshot(delivery).await {
                 Ok(answer) => {
-                    Ok(Answer { sent: outbox.take(), ..Answer::from(answer.into_verdict()) })
+                    let sent =
+                        outbox.take().map_err(|what| Failure::new(ErrorKind::Malformed, what))?;
+                    Ok(Answer { sent, ..Answer::from(answer.into_verdict()) })
                 }
                 Err(error) => Err(Failure::new(ErrorKind::Handler, chain(&*error.into()))),
             }

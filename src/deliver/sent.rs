@@ -14,7 +14,10 @@ const CARRIES: &str = "application/vnd.pumphouse.messages+json";
 /// One that carries CloudEvents, each of which names its queue in an extension.
 const EVENTS: &str = "application/cloudevents-batch+json";
 /// How many messages an answer carries at most.
-const SENT_MAX: usize = 1000;
+pub(super) const SENT_MAX: usize = 1000;
+
+/// How many characters are told of what is wrong.
+const TOLD_MAX: usize = 200;
 
 /// What an answer's media type says of its body.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,7 +47,8 @@ struct Body {
     messages: Vec<Box<RawValue>>,
 }
 
-/// Reads the messages. **Fails** with what is wrong, in a sentence without anything of the body.
+/// Reads the messages. **Fails** with what is wrong, in a sentence that has nothing of the body but names of members and
+/// headers.
 pub(super) fn read(body: &[u8], now: Timestamp) -> Result<Vec<NewMessage>, String> {
     let body = serde_json::from_slice::<Body>(body)
         .map_err(|error| format!("the answer carries no messages: {}", place(&error)))?;
@@ -65,7 +69,8 @@ pub(super) fn read_events(body: &[u8]) -> Result<Vec<NewMessage>, String> {
         return Err(format!("an answer carries at most {SENT_MAX} events"));
     }
     let one = |(number, raw): (usize, &RawValue)| {
-        message_of_event(raw.get()).map_err(|wrong| wrong.under(&format!("/{number}")).to_string())
+        message_of_event(raw.get())
+            .map_err(|wrong| cut(&wrong.under(&format!("/{number}")).to_string()))
     };
     events.iter().map(|raw| &**raw).enumerate().map(one).collect()
 }
@@ -85,8 +90,13 @@ fn message(raw: &RawValue, now: Timestamp) -> Result<NewMessage, String> {
     Ok(message)
 }
 
-fn first(wrong: &[Invalid]) -> String {
-    wrong.first().map(Invalid::to_string).unwrap_or_default()
+/// The first thing that is wrong, cut short: names of headers stand in it, which may be of any length.
+pub(super) fn first(wrong: &[Invalid]) -> String {
+    wrong.first().map(|wrong| cut(&wrong.to_string())).unwrap_or_default()
+}
+
+fn cut(text: &str) -> String {
+    text.chars().take(TOLD_MAX).collect()
 }
 
 /// Where an error is, without what stands there.

@@ -111,7 +111,7 @@ pub struct NewMessage {
     pub expires: Option<When>,
     /// [`PRIORITY_MIN`] to [`PRIORITY_MAX`], higher first.
     pub priority: i8,
-    /// The keys under which a repeat of the same request is recognised: at most its own and its batch's.
+    /// The keys under which a repeat is recognised: at most its own, its batch's, and one that counts while it is pending.
     pub keys: Vec<Idempotency>,
 }
 

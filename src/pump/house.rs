@@ -172,8 +172,10 @@ impl Pumphouse {
         &self.0.replica
     }
 
-    /// Takes messages in. See [`Store::enqueue`].
+    /// Takes messages in. See [`Store::enqueue`]. **Fails** with [`Rejected`](store::Error::Rejected) where one of them has
+    /// what no message may have: a group together with a delay or a priority, a header that is reserved.
     pub async fn enqueue(&self, enqueue: Enqueue) -> store::Result<EnqueueOutcome> {
+        enqueue.messages.iter().try_for_each(store::check)?;
         self.0.store.enqueue(enqueue).await
     }
 

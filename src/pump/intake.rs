@@ -18,7 +18,8 @@ use super::{Held, QueuePump};
 impl QueuePump {
     /// Leases as long as the round is open, and hands over what it leased.
     ///
-    /// Cancelling stops the waiting, never a claim: what the database has handed over is handed on.
+    /// Closing stops the waiting, never a claim: what the database has handed over is handed on. Only a database that
+    /// says nothing is not waited for beyond the end of the round.
     pub(super) async fn take_in(
         self: Arc<Self>,
         round: Arc<Round>,
@@ -39,9 +40,13 @@ impl QueuePump {
                 late_pause = PAUSE_MIN;
             }
             news.mark_unchanged(); // before looking, so that nothing slips in between
-            let claimed = self.claim(room, round.mode).await;
-            let unused = room - claimed.as_ref().map_or(0, Vec::len);
-            self.held.fetch_sub(unused, Ordering::Relaxed);
+            let claimed = round.within_grace(self.claim(room, round.mode)).await;
+            let taken = claimed.as_ref().and_then(|claimed| claimed.as_ref().ok());
+            self.held.fetch_sub(room - taken.map_or(0, Vec::len), Ordering::Relaxed);
+            let Some(claimed) = claimed else {
+                tracing::warn!(queue = %self.queue, "left while a claim was under way; what it takes comes back with its lease");
+                break;
+            };
             match claimed {
                 Ok(leased) if leased.is_empty() => {
                     let wait = tokio::time::timeout(self.idle_wait(), news.changed());
@@ -51,7 +56,7 @@ impl QueuePump {
                 Ok(leased) => {
                     pause = PAUSE_MIN;
                     let key = |next: &Leased| next.message.head.details.fairness_key.is_some();
-                    self.in_turn.store(leased.iter().any(key), Ordering::Relaxed);
+                    self.fair.store(leased.iter().any(key), Ordering::Relaxed);
                     for next in leased {
                         // The loop on the other side reads until this side is gone, or the round is cut.
                         if let Err(refused) = hand_over.send(Held::now(next)) {
@@ -111,8 +116,8 @@ impl QueuePump {
             }),
         };
         let ceiling = self.ceiling.limit();
-        let in_turn = self.in_turn.load(Ordering::Relaxed);
-        let ahead = policy::prefetch(self.gate.limit().min(ceiling), usual, in_turn);
+        let fair = self.fair.load(Ordering::Relaxed);
+        let ahead = policy::prefetch(self.gate.limit().min(ceiling), usual, fair);
         let wanted = self.gate.free().min(ceiling as usize) + ahead;
         self.can_start().map_or(wanted, |can_start| wanted.min(can_start))
     }

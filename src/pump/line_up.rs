@@ -268,7 +268,7 @@ impl House {
             held: AtomicUsize::new(0),
             late: AtomicBool::new(false),
             settling: Semaphore::new(SETTLEMENTS_WAITING_MAX),
-            in_turn: AtomicBool::new(false),
+            fair: AtomicBool::new(false),
             usual: AtomicU64::new(0),
             usual_size: AtomicU64::new(0),
         };

@@ -80,7 +80,7 @@ struct QueuePump {
     /// Bounds what was delivered and is not yet settled.
     settling: Semaphore,
     /// Whether messages take turns, by the last claim.
-    in_turn: AtomicBool,
+    fair: AtomicBool,
     /// What a delivery usually takes, in microseconds; 0 for not known.
     usual: AtomicU64,
     /// How many bytes of payload a message usually has.
@@ -217,7 +217,8 @@ impl QueuePump {
         let settle = self.settlement(attempt, lease.clone(), decision, outcome, sent, round).await;
         let Some(what) = self.settle(settle, round).await else { return };
         let status = outcome.as_ref().ok().and_then(|answer| answer.status);
-        let failed = Err(Failure { status, ..Failure::new(ErrorKind::Malformed, what) });
+        let excerpt = outcome.as_ref().map(|answer| answer.excerpt.clone()).unwrap_or_default();
+        let failed = Err(Failure { status, excerpt, ..Failure::new(ErrorKind::Malformed, what) });
         let decision = self.judge(attempt, &failed);
         let settle = self.settlement(attempt, lease, decision, &failed, Vec::new(), round).await;
         let _nothing_was_sent = self.settle(settle, round).await;

@@ -48,7 +48,7 @@ impl QueuePump {
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(PAUSE_MAX);
                 }
-                Err(store::Error::Refused { what }) => return Some(what),
+                Err(store::Error::Rejected { what }) => return Some(what),
                 Err(error) => {
                     tracing::error!(queue = %self.queue, %message, error = &error as &dyn std::error::Error, "not settled; the message comes back");
                     return None;

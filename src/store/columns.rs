@@ -6,6 +6,12 @@ use jiff::Timestamp;
 
 use crate::model::{QueueName, State, When};
 
+/// The number under which messages are counted that wait for their turn in a group; that of no state.
+pub(super) const BEHIND: i16 = 8;
+
+/// When a key expires that counts as long as its message can be delivered.
+pub(super) const WHILE_PENDING: i64 = -1;
+
 /// A thousand years: it can be added to any time of day.
 const LONGEST: i64 = 1000 * 366 * 86_400 * 1_000_000;
 

@@ -39,7 +39,7 @@ use jiff::Timestamp;
 
 use crate::clock::Clock;
 use crate::model::{
-    DeliveryRecord, Guard, GuardChange, Idempotency, Lease, Leased, MessageId, NewMessage,
+    DeliveryRecord, Form, Guard, GuardChange, Idempotency, Lease, Leased, MessageId, NewMessage,
     QueueName, QueueRecord, QueueSettings, Record, ReplicaName, RunState, Settlement, State, When,
 };
 
@@ -83,6 +83,8 @@ pub trait Store: Debug + Send + Sync + 'static {
     async fn lease(&self, claim: Claim) -> Result<Vec<Leased>>;
 
     /// Writes what became of a leased message, and the record of its delivery, if there was one.
+    ///
+    /// **Fails** with [`Error::Rejected`] where a message that the handler sent cannot be taken in.
     ///
     /// **Twice**, or with a token that is not the message's current one, or after the lease has run out
     /// by the database's clock: [`Settled::LeaseLost`], and nothing changes, nothing is sent.
@@ -507,6 +509,16 @@ pub enum Error {
     /// There is no room left; nothing was written.
     #[error("the database has no room left")]
     Full(#[source] Cause),
+    /// Somebody else uses an idempotency key of this call in a transaction that is open; nothing was written.
+    #[error("an idempotency key is in use in a transaction that is open")]
+    KeyInUse,
+    /// A message cannot be taken: a queue that is not there or is full, a key of another request, an option that no
+    /// message may have; nothing was written.
+    #[error("{what}")]
+    Rejected {
+        /// Which message, and why.
+        what: String,
+    },
     /// The database cannot be used as it is, and waiting does not help: a wrong URL, a newer schema, a
     /// file that another process holds, a SQLite that can lose what is written.
     #[error("the database cannot be used: {what}")]
@@ -535,8 +547,8 @@ impl Error {
     /// Whether the same call may succeed a little later.
     pub fn is_transient(&self) -> bool {
         match self {
-            Self::Unavailable(_) | Self::Busy(_) | Self::Full(_) => true,
-            Self::Refused { .. } | Self::Corrupt { .. } => false,
+            Self::Unavailable(_) | Self::Busy(_) | Self::Full(_) | Self::KeyInUse => true,
+            Self::Rejected { .. } | Self::Refused { .. } | Self::Corrupt { .. } => false,
         }
     }
 }
@@ -556,6 +568,27 @@ pub async fn open(url: &str, clock: Arc<dyn Clock>) -> Result<Arc<dyn Store>> {
             Err(Error::Refused { what: what.to_owned() })
         }
     }
+}
+
+/// Whether a message is what a message may be. What came over HTTP was checked when it was read; what a program makes is
+/// checked here.
+pub(crate) fn check(message: &NewMessage) -> Result<()> {
+    Form::Envelope.check(message).map_err(|wrong| {
+        let what = wrong.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ");
+        Error::Rejected { what }
+    })
+}
+
+/// Why what a handler sent is not taken in: its message at this place was refused.
+fn not_sent(place: usize, refusal: &Refusal) -> String {
+    let why = match refusal {
+        Refusal::NoSuchQueue(queue) => format!("there is no queue {queue}"),
+        Refusal::QueueFull(queue) => {
+            format!("the queue {queue} has as many messages as its max_messages allows")
+        }
+        Refusal::KeyReused => "its idempotency key came before with another request".to_owned(),
+    };
+    format!("/messages/{place} is not sent: {why}")
 }
 
 /// Why a message is dead that was to be moved to a queue which is not there.

@@ -37,7 +37,7 @@ pub(super) struct Books {
     /// Groups of which something has changed since they were lined up.
     touched: BTreeSet<GroupName>,
     /// Where the last claim of a queue ended whose messages take turns.
-    pub(super) turns: HashMap<QueueName, u32>,
+    pub(super) last_lanes: HashMap<QueueName, u32>,
     told: Told,
 }
 
@@ -66,12 +66,12 @@ pub(super) struct Row {
     pub(super) urgent: bool,
     /// There is one if and only if the state is leased.
     pub(super) hold: Option<Hold>,
-    pub(super) turn: Turn,
+    pub(super) standing: Standing,
 }
 
 /// Where a message stands in its group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Turn {
+pub(super) enum Standing {
     /// In no group, or no longer.
     None,
     /// It waits for its turn.
@@ -130,7 +130,7 @@ impl Default for Books {
             revision: 1,
             groups: HashMap::new(),
             touched: BTreeSet::new(),
-            turns: HashMap::new(),
+            last_lanes: HashMap::new(),
             told: Told::default(),
         }
     }
@@ -159,7 +159,7 @@ impl Books {
         let lived = row.record.state.lives();
         let changed = change(&mut row);
         if lived && !row.record.state.lives() && !self.blocks(&row) {
-            row.turn = Turn::None;
+            row.standing = Standing::None;
         }
         self.note(seq, &row);
         self.rows.insert(seq, row);
@@ -222,7 +222,7 @@ impl Books {
     /// Whether its group waits for this message, which has just ended.
     fn blocks(&self, row: &Row) -> bool {
         let settings = self.queues.get(&row.record.head.queue).map(|queue| &queue.settings);
-        row.turn == Turn::Head
+        row.standing == Standing::Head
             && row.record.state == State::Dead
             && settings.is_some_and(|settings| settings.group_on_dead == GroupOnDead::Block)
     }
@@ -232,7 +232,7 @@ impl Books {
         for name in std::mem::take(&mut self.touched) {
             let Some(group) = self.groups.get(&name) else { continue };
             match (group.head, group.behind.first().copied()) {
-                (None, Some(next)) => drop(self.change(next, |row| row.turn = Turn::Head)),
+                (None, Some(next)) => drop(self.change(next, |row| row.standing = Standing::Head)),
                 (None, None) => drop(self.groups.remove(&name)),
                 (Some(_), _) => (),
             }
@@ -260,9 +260,9 @@ impl Books {
         let name = &row.record.head.queue;
         let queue = self.queues.get_mut(name).expect("a message goes when its queue goes");
         queue.counts[row.record.state as usize] += 1;
-        queue.behind += u64::from(row.turn == Turn::Behind);
+        queue.behind += u64::from(row.standing == Standing::Behind);
         match row.record.state {
-            State::Ready if row.turn == Turn::Behind => {
+            State::Ready if row.standing == Standing::Behind => {
                 queue.oldest_behind.insert((row.record.deliver_at, seq));
             }
             State::Ready => {
@@ -284,10 +284,10 @@ impl Books {
         }
         if let Some(name) = row.group_name() {
             let group = self.groups.entry(name.clone()).or_default();
-            match row.turn {
-                Turn::None => (),
-                Turn::Behind => drop(group.behind.insert(seq)),
-                Turn::Head => group.head = Some(seq),
+            match row.standing {
+                Standing::None => (),
+                Standing::Behind => drop(group.behind.insert(seq)),
+                Standing::Head => group.head = Some(seq),
             }
             self.touched.insert(name);
         }
@@ -297,7 +297,7 @@ impl Books {
         let queue = self.queues.get_mut(&row.record.head.queue);
         let queue = queue.expect("a message goes when its queue goes");
         queue.counts[row.record.state as usize] -= 1;
-        queue.behind -= u64::from(row.turn == Turn::Behind);
+        queue.behind -= u64::from(row.standing == Standing::Behind);
         queue.ready.remove(&place(seq, row));
         queue.oldest_behind.remove(&(row.record.deliver_at, seq));
         self.scheduled.remove(&(row.record.deliver_at, seq));
@@ -324,8 +324,8 @@ impl Row {
 
     /// Lines up again in its group, if it has one, and it is not its turn.
     pub(super) fn line_up(&mut self) {
-        if self.record.head.details.group.is_some() && self.turn == Turn::None {
-            self.turn = Turn::Behind;
+        if self.record.head.details.group.is_some() && self.standing == Standing::None {
+            self.standing = Standing::Behind;
         }
     }
 

@@ -5,7 +5,7 @@ use jiff::Timestamp;
 use crate::model::{Head, Idempotency, Lasts, NewMessage, QueueName, Record, State, Tries, When};
 
 use super::super::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal, refusals};
-use super::books::{Books, Key, Row, Turn, after, whole_micros};
+use super::books::{Books, Key, Row, Standing, after, whole_micros};
 
 impl Books {
     pub(super) fn enqueue(&mut self, enqueue: Enqueue, now: Timestamp) -> EnqueueOutcome {
@@ -145,9 +145,9 @@ fn row(message: NewMessage, now: Timestamp) -> Row {
         size: message.body.len() as u64,
     };
     let body = message.body;
-    let turn = Turn::None;
+    let standing = Standing::None;
     let mut row =
-        Row { record, body, receipt, deliveries: Vec::new(), urgent: false, hold: None, turn };
+        Row { record, body, receipt, deliveries: Vec::new(), urgent: false, hold: None, standing };
     row.line_up();
     row
 }

@@ -34,7 +34,7 @@ impl Books {
         let mut ready = queue.ready.iter().filter(wanted).copied().collect::<Vec<_>>();
         let Some((highest, ..)) = ready.first().copied() else { return Vec::new() };
         ready.retain(|(priority, ..)| *priority == highest);
-        let last = self.turns.get(&claim.queue).copied().unwrap_or(0);
+        let last = self.last_lanes.get(&claim.queue).copied().unwrap_or(0);
         let mut lanes = ready.iter().map(|(_, lane, ..)| *lane).collect::<Vec<_>>();
         lanes.dedup();
         let before = lanes.iter().filter(|lane| **lane <= last).count() % lanes.len();
@@ -49,7 +49,7 @@ impl Books {
         chosen.sort_unstable();
         chosen.truncate(claim.max);
         if let Some((_, turn, _)) = chosen.last() {
-            self.turns.insert(claim.queue.clone(), lanes[*turn]);
+            self.last_lanes.insert(claim.queue.clone(), lanes[*turn]);
         }
         chosen.into_iter().map(|(.., seq)| seq).collect()
     }

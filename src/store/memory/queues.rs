@@ -7,7 +7,7 @@ use crate::model::{
 };
 
 use super::super::{DeleteQueue, Precondition, PutQueue};
-use super::books::{Books, Queue, Row, Turn};
+use super::books::{Books, Queue, Row, Standing};
 
 impl Books {
     pub(super) fn queues(&self) -> Vec<QueueRecord> {
@@ -54,11 +54,13 @@ impl Books {
     fn unblock_groups(&mut self, name: &QueueName) {
         let blocks = |row: &Row| {
             let record = &row.record;
-            record.head.queue == *name && record.state == State::Dead && row.turn == Turn::Head
+            record.head.queue == *name
+                && record.state == State::Dead
+                && row.standing == Standing::Head
         };
         let blocking = self.rows().filter(|(_, row)| blocks(row)).map(|(seq, _)| seq);
         for seq in blocking.collect::<Vec<_>>() {
-            self.change(seq, |row| row.turn = Turn::None);
+            self.change(seq, |row| row.standing = Standing::None);
         }
     }
 
@@ -80,7 +82,7 @@ impl Books {
             self.remove(seq);
         }
         self.keys.retain(|(queue, _), _| queue != name);
-        self.turns.remove(name);
+        self.last_lanes.remove(name);
         self.queues.remove(name);
         self.settings_changed();
         DeleteQueue::Deleted

@@ -4,8 +4,8 @@ use jiff::Timestamp;
 
 use crate::model::{NewMessage, Settlement, State, Tries};
 
-use super::super::{Enqueued, Error, Result, Settle, Settled, target_gone};
-use super::books::{Books, Row, Turn, after, since};
+use super::super::{Enqueued, Error, Result, Settle, Settled, not_sent, target_gone};
+use super::books::{Books, Row, Standing, after, since};
 
 impl Books {
     pub(super) fn settle(&mut self, settle: Settle, now: Timestamp) -> Result<Settled> {
@@ -32,11 +32,10 @@ impl Books {
     /// Takes in what a handler sent: all of it or nothing.
     fn send(&mut self, sent: Vec<NewMessage>, now: Timestamp) -> Result<()> {
         let first_seq = self.next_seq();
-        for message in sent {
+        for (place, message) in sent.into_iter().enumerate() {
             if let Enqueued::Refused(refusal) = self.take_in(message, now) {
                 self.undo(first_seq);
-                let what = format!("a message sent by a handler was refused: {refusal:?}");
-                return Err(Error::Refused { what });
+                return Err(Error::Rejected { what: not_sent(place, &refusal) });
             }
         }
         Ok(())
@@ -59,7 +58,7 @@ impl Row {
             Settlement::Discard { reason } => self.end(State::Discarded, Some(reason), now),
             Settlement::Move { to_queue, .. } => {
                 self.record.head.queue = to_queue;
-                self.turn = Turn::None;
+                self.standing = Standing::None;
                 self.line_up();
                 self.record.tries =
                     Tries { attempts: self.record.tries.attempts, ..Tries::default() };

@@ -13,15 +13,17 @@ use crate::model::ReplicaName;
 use super::super::{Attendance, Attended, Reaped, Result};
 use super::Postgres;
 use super::fault::{Trouble, unreadable};
-use super::groups::{blocks, give_turns};
+use super::groups::{blocks, free_groups};
 use super::news::Word;
 use super::rows;
-use super::upkeep::{take_back, taken_back, word};
+use super::upkeep::{counts, take_back, taken_back, word};
 
 /// The advisory lock under which shares are written.
 const LOCK: i64 = 0x7075_6d70_7368_6172;
 /// How many leases are taken back with one statement.
 const TAKEN_BACK_MAX: i64 = 1000;
+/// How many notes of what was sent are read with one statement.
+const SENT_MAX: i64 = 10_000;
 
 const ENTER: &str = "\
 select pg_advisory_xact_lock($1)";
@@ -133,13 +135,14 @@ with taken as (
     where ctid = any(array(
         select ctid
         from sent
-        limit 10000
+        limit $1
         for update skip locked
     ))
     returning queue_id
 )
-select distinct (select name from queue where queue.id = taken.queue_id) as queue
-from taken";
+select (select name from queue where queue.id = taken.queue_id) as queue, count(*) as n
+from taken
+group by queue_id";
 
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] = &[
@@ -169,7 +172,13 @@ pub(super) async fn attend(store: &Postgres, attendance: Attendance) -> Result<A
         .await?;
     if !leaving {
         attended.reaped = take_back_all(store).await?;
-        hear_of_sent(store).await?;
+        if let Err(error) = hear_of_sent(store).await {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(
+                error,
+                "cannot look for what was sent in transactions of others; looking again"
+            );
+        }
     }
     Ok(attended)
 }
@@ -277,18 +286,23 @@ impl Taken {
 
 /// Tells of what transactions of somebody else's have sent.
 async fn hear_of_sent(store: &Postgres) -> Result<()> {
-    let queues = store.hands.run(|connection| {
-        Box::pin(async move {
-            let names = query_scalar::<_, Option<String>>(TAKE_SENT).fetch_all(connection).await?;
-            let names = names.into_iter().flatten();
-            Ok(names.filter_map(|name| rows::queue_name(&name).ok()).collect::<Vec<_>>())
-        })
-    });
-    let queues = queues.await?;
-    if !queues.is_empty() {
-        store.herald.tell(Word { schedule: true, ..Word::of_ready(queues) });
+    loop {
+        let heard = store.hands.run(|connection| {
+            Box::pin(async move {
+                let rows = query(TAKE_SENT).bind(SENT_MAX).fetch_all(connection).await?;
+                Ok(counts(&rows)?)
+            })
+        });
+        let heard = heard.await?;
+        let notes = heard.values().sum::<u64>();
+        if notes > 0 {
+            let queues = heard.into_keys().flatten();
+            store.herald.tell(Word { schedule: true, ..Word::of_ready(queues) });
+        }
+        if notes < SENT_MAX as u64 {
+            return Ok(());
+        }
     }
-    Ok(())
 }
 
 async fn take_back_all(store: &Postgres) -> Result<Vec<Reaped>> {

@@ -13,7 +13,7 @@ use super::super::{
     Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Receipt, Refusal, count_enqueued, refusals,
 };
 use super::at_once;
-use super::facts::{Care, Facts, Key, KeyName, Known};
+use super::facts::{Care, Facts, Key, KeyName, Known, Patience};
 use super::fault::Trouble;
 use super::news::Word;
 use super::rows;
@@ -35,12 +35,13 @@ impl Batch for Enqueues {
         connection: &'c mut PgConnection,
         calls: &'c [&'c Enqueue],
         pumps: &'c Pumps,
+        patience: Patience,
     ) -> BoxFuture<'c, Committed<EnqueueOutcome>> {
         Box::pin(async move {
-            match enqueue_as_usual(connection, calls, pumps).await {
+            match enqueue_as_usual(connection, calls, pumps, patience).await {
                 // Rare enough that looking for it beforehand is not worth a statement.
                 Err(trouble) if trouble.is_known_name() => {
-                    enqueue(connection, calls, pumps, Care::Names).await
+                    enqueue(connection, calls, pumps, (Care::Names, patience)).await
                 }
                 done => done,
             }
@@ -55,20 +56,21 @@ async fn enqueue_as_usual(
     connection: &mut PgConnection,
     calls: &[&Enqueue],
     pumps: &Pumps,
+    patience: Patience,
 ) -> Committed<EnqueueOutcome> {
     if at_once::suits(calls)
         && let Some(done) = at_once::take_in(connection, calls, pumps).await?
     {
         return Ok(done);
     }
-    enqueue(connection, calls, pumps, Care::Usual).await
+    enqueue(connection, calls, pumps, (Care::Usual, patience)).await
 }
 
 async fn enqueue(
     connection: &mut PgConnection,
     calls: &[&Enqueue],
     pumps: &Pumps,
-    care: Care,
+    care: (Care, Patience),
 ) -> Committed<EnqueueOutcome> {
     let mut transaction = connection.begin().await.map_err(Trouble::unbegun)?;
     let messages = calls.iter().flat_map(|call| &call.messages).collect::<Vec<_>>();
@@ -143,8 +145,8 @@ pub(super) struct Written {
     pub(super) handed: Vec<(Place, Leased)>,
 }
 
-/// A place in a plan to which it can be undone.
-#[derive(Debug, Clone, Copy)]
+/// A place in a plan to which it can be undone; by default its beginning.
+#[derive(Debug, Clone, Copy, Default)]
 pub(super) struct Mark {
     rows: usize,
     keys: usize,

@@ -13,6 +13,7 @@ use uuid::Uuid;
 use crate::model::{Idempotency, Lasts, MessageId, NewMessage, QueueName, State};
 
 use super::super::Receipt;
+use super::super::columns::WHILE_PENDING;
 use super::fault::{Trouble, unreadable};
 use super::rows;
 
@@ -23,6 +24,25 @@ pub(super) enum Care {
     Usual,
     /// They are looked up, and answered with the first one's receipt.
     Names,
+}
+
+/// How long to wait for somebody who has put down the same key in a transaction that is open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Patience {
+    /// For a commit that is under way: others wait for this transaction.
+    Short,
+    /// As long as for any lock: nobody waits but the sender.
+    Long,
+}
+
+impl Patience {
+    /// As the database takes it.
+    fn lock_timeout(self) -> &'static str {
+        match self {
+            Self::Short => "50ms",
+            Self::Long => "3s",
+        }
+    }
 }
 
 /// What there is to know before messages are taken in.
@@ -133,9 +153,12 @@ cross join lateral (
 }
 
 // Lives on: see `named_keys`, and the primary key of message. A key counts in its window, and as long as
-// its message can still be delivered or is dead; one that expires at -1 as long as it can be delivered.
+// its message can still be delivered or is dead; one that expires at -1 as long as it can be delivered. From here until
+// the keys are put down, nobody is waited for longer than $4.
 const FORGET_KEYS: &str = concat!(
-    "delete from idempotency\nwhere ctid = any(array(select known.tid ",
+    "delete from idempotency
+where (select set_config('lock_timeout', $4, true)) is not null
+    and ctid = any(array(select known.tid ",
     named_keys!(),
     "))
     and expires_at <= $3
@@ -146,18 +169,26 @@ const FORGET_KEYS: &str = concat!(
     ), true)"
 );
 
-// Lives on: the primary key of idempotency. Waits for a transaction that has put down the same key.
+// Lives on: the primary key of idempotency. Waits for a transaction that has put down the same key. Its last row says
+// nothing: it sets the patience with locks to what it is elsewhere.
 const PUT_KEYS_DOWN: &str = "\
-insert into idempotency (
-    queue_id, key, fingerprint, seq, id, enqueued_at, deliver_at, expires_at, sweep_at
+with put_down as (
+    insert into idempotency (
+        queue_id, key, fingerprint, seq, id, enqueued_at, deliver_at, expires_at, sweep_at
+    )
+    select queue_id, key, fingerprint, seq, id, $1, deliver_at, expires_at, sweep_at
+    from unnest(
+            $2::integer[], $3::bytea[], $4::bytea[], $5::bigint[], $6::uuid[], $7::bigint[], $8::bigint[],
+            $9::bigint[]
+        ) as given (queue_id, key, fingerprint, seq, id, deliver_at, expires_at, sweep_at)
+    on conflict (queue_id, key) do nothing
+    returning queue_id, key
 )
-select queue_id, key, fingerprint, seq, id, $1, deliver_at, expires_at, sweep_at
-from unnest(
-        $2::integer[], $3::bytea[], $4::bytea[], $5::bigint[], $6::uuid[], $7::bigint[], $8::bigint[],
-        $9::bigint[]
-    ) as given (queue_id, key, fingerprint, seq, id, deliver_at, expires_at, sweep_at)
-on conflict (queue_id, key) do nothing
-returning queue_id, key";
+select queue_id, key
+from put_down
+union all
+select null, null
+where set_config('lock_timeout', '3s', true) is null";
 
 // Lives on: see `named_keys`.
 const KNOWN_KEYS: &str = concat!("select known.* ", named_keys!());
@@ -190,8 +221,6 @@ pub(super) const STATEMENTS: &[&str] = &[
     KNOWN_NAMES,
 ];
 
-/// When a key expires that counts as long as its message can be delivered.
-const WHILE_PENDING: i64 = -1;
 /// After how long such a key is looked at for the first time, to be forgotten: a minute, in microseconds.
 const LOOKED_AT_AFTER: i64 = 60_000_000;
 
@@ -207,10 +236,10 @@ impl Facts {
         connection: &mut PgConnection,
         messages: &[&NewMessage],
         batches: &[(&QueueName, Idempotency)],
-        care: Care,
+        (care, patience): (Care, Patience),
     ) -> Result<Self, Trouble> {
         let mut facts = Self::situation(connection, messages).await?;
-        facts.put_keys_down(connection, messages, batches).await?;
+        facts.put_keys_down(connection, messages, batches, patience).await?;
         facts.count(connection).await?;
         if care == Care::Names {
             facts.find_names(connection, messages).await?;
@@ -248,6 +277,7 @@ impl Facts {
         connection: &mut PgConnection,
         messages: &[&NewMessage],
         batches: &[(&QueueName, Idempotency)],
+        patience: Patience,
     ) -> Result<(), Trouble> {
         let mut wanted = BTreeMap::new();
         for (place, message) in messages.iter().enumerate() {
@@ -266,8 +296,10 @@ impl Facts {
             return Ok(());
         }
         let forget = bind_names(query(FORGET_KEYS), wanted.keys().copied()).bind(self.now);
-        forget.execute(&mut *connection).await?;
-        for name in put_keys_down(connection, self.now, &wanted).await? {
+        let forget = forget.bind(patience.lock_timeout());
+        forget.execute(&mut *connection).await.map_err(Trouble::of_a_key)?;
+        let put_down = put_keys_down(connection, self.now, &wanted).await;
+        for name in put_down.map_err(Trouble::of_a_key)? {
             let key = wanted.remove(&name).ok_or(Trouble::Overtaken)?;
             self.put_down.insert(name, key);
         }

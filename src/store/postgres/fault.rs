@@ -19,6 +19,8 @@ pub(super) enum Trouble {
     Unbegun(Arc<sqlx::Error>),
     /// We say so.
     Ours(Error),
+    /// Somebody has put down the same idempotency key in a transaction that is open.
+    KeyInUse,
     /// Somebody changed underneath us what we had just read: from the beginning, please.
     Overtaken,
 }
@@ -34,6 +36,7 @@ impl From<Trouble> for Error {
         match trouble {
             Trouble::Driver(error) | Trouble::Unbegun(error) => fault(&error),
             Trouble::Ours(error) => error,
+            Trouble::KeyInUse => Self::KeyInUse,
             Trouble::Overtaken => Self::Busy("overtaken by other transactions".into()),
         }
     }
@@ -52,6 +55,11 @@ impl Trouble {
         if was_ended { Self::unbegun(error) } else { Self::from(error) }
     }
 
+    /// Of a statement that waits for idempotency keys.
+    pub(super) fn of_a_key(error: sqlx::Error) -> Self {
+        if code_of(&error) == Some(LOCK_TIMEOUT) { Self::KeyInUse } else { Self::from(error) }
+    }
+
     /// Whether the same transaction is likely to succeed at once: nothing of it was written, and what
     /// was in its way was another transaction, or a connection that had broken before.
     pub(super) fn is_worth_another_try(&self) -> bool {
@@ -60,7 +68,7 @@ impl Trouble {
                 let passing = |code: &str| matches!(code, SERIALIZATION | DEADLOCK | LOCK_TIMEOUT);
                 code_of(error).is_some_and(passing) || violates(error, "queue_name_key")
             }
-            Self::Ours(_) => false,
+            Self::Ours(_) | Self::KeyInUse => false,
             Self::Overtaken | Self::Unbegun(_) => true,
         }
     }

@@ -12,7 +12,9 @@
 //! be dropped while nobody is left to see the message; hence whoever drops a token says so in the head (`dirty`), and
 //! whoever frees the group leaves a token if there is more *or* it is dirty.
 //!
-//! Locks are taken in one order: tokens (never waited for), messages behind, heads by number; so nobody waits in a circle.
+//! Locks are taken in one order: tokens (never waited for), messages behind, heads by number. Where a transaction settles
+//! in several rounds, each has that order for itself, and a claim that comes between two of them may meet one in a circle:
+//! the server ends it after a second, and it is tried again.
 
 use sqlx::{PgConnection, query};
 
@@ -22,7 +24,7 @@ use super::fault::Trouble;
 
 /// Frees the groups whose first messages are in `finished` (seq, grp), and leaves tokens. Lives on: the primary keys of
 /// head and behind; then of ready.
-macro_rules! give_turns {
+macro_rules! free_groups {
     () => {
         "\
 freed as (
@@ -68,28 +70,29 @@ announced as (
     };
 }
 
-/// Whether a dead message of this queue holds up its group. Lives on: the primary key of queue.
+/// Whether a message, of which `$dead` says whether it is dead, holds up its group. Lives on: the primary key of queue.
+/// Whoever changes the queue to let groups go waits for this (`for share`), and finds the dead letter then.
 macro_rules! blocks {
-    () => {
-        "coalesce((select group_blocks from queue where queue.id = queue_id), false)"
+    ($dead:literal) => {
+        concat!(
+            "case when ",
+            $dead,
+            " then coalesce((select group_blocks from queue where queue.id = queue_id for share), false) else false end"
+        )
     };
 }
 
-pub(super) use {blocks, give_turns, line_up};
+pub(super) use {blocks, free_groups, line_up};
 
-// Lives on: queue_name_key, the primary keys of ready, from its front, and of head. Never waits for a token.
+// Lives on: queue_name_key, ready_tokens and the primary keys of head and behind. Never waits for a token. Drops those of
+// groups that have a head, and those of groups in which nobody waits: whoever comes to them brings a token along.
 const DROP_TOKENS: &str = "\
-with front as (
+with held as (
     select ready.ctid as tid, ready.grp
     from ready
     where ready.queue_id = (select id from queue where name = $1)
-    order by ready.queue_id, ready.rank, ready.lane, ready.due_at, ready.seq
-    limit $2
-),
-held as (
-    select ready.ctid as tid, ready.grp
-    from ready
-    where ready.ctid = any(array(select tid from front where grp is not null))
+        and ready.grp = any($2::bigint[])
+    limit $3
     for update skip locked
 ),
 dirty as (
@@ -98,11 +101,26 @@ dirty as (
     where grp = any(array(select grp from held))
         and queue_id = (select id from queue where name = $1)
     returning grp
+),
+empty as (
+    select grp
+    from (select distinct grp from held) as met
+    where not exists (
+        select 1
+        from behind
+        where behind.queue_id = (select id from queue where name = $1)
+            and behind.grp = met.grp
+    )
 )
 delete from ready
-where ctid = any(array(select tid from held where grp = any(array(select grp from dirty))))";
+where ctid = any(array(
+    select tid
+    from held
+    where grp = any(array(select grp from dirty))
+        or grp = any(array(select grp from empty))
+))";
 
-// Lives on: queue_name_key, dead_listed and the primary key of head; see `give_turns`. Locks the dead letters first,
+// Lives on: queue_name_key, dead_listed and the primary key of head; see `free_groups`. Locks the dead letters first,
 // because whoever redrives one does so too, and then it is the first of its group again.
 const UNBLOCK: &str = concat!(
     "\
@@ -127,7 +145,7 @@ finished as (
     from blocking
 ),
 ",
-    give_turns!(),
+    free_groups!(),
     "
 select count(*)
 from blocking"
@@ -136,16 +154,18 @@ from blocking"
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] = &[DROP_TOKENS, UNBLOCK];
 
-/// How many tokens are looked at when those of busy groups are in the way.
-const TOKENS_LOOKED_AT: i64 = 1000;
+/// How many tokens of groups that have nothing to lease are dropped at once.
+const TOKENS_DROPPED_AT_ONCE: i64 = 10_000;
 
-/// Clears the way to what can be leased: drops the tokens at the front of a queue whose groups have a head. Says how many.
+/// Clears the way to what can be leased: drops the other tokens of groups of which a claim has met one for nothing.
 pub(super) async fn drop_tokens(
     connection: &mut PgConnection,
     queue: &QueueName,
-) -> Result<u64, Trouble> {
-    let drop = query(DROP_TOKENS).bind(queue.as_str()).bind(TOKENS_LOOKED_AT);
-    Ok(drop.execute(connection).await?.rows_affected())
+    groups: &[i64],
+) -> Result<(), Trouble> {
+    let drop = query(DROP_TOKENS).bind(queue.as_str()).bind(groups).bind(TOKENS_DROPPED_AT_ONCE);
+    drop.execute(connection).await?;
+    Ok(())
 }
 
 /// Lets the next ones go where dead letters of this queue hold them up.

@@ -12,7 +12,7 @@ use crate::telemetry::metrics;
 use super::super::{CLAIM_BYTES_MAX, Claim, Result};
 use super::Postgres;
 use super::fault::Trouble;
-use super::groups::{self, blocks, give_turns};
+use super::groups::{self, blocks, free_groups};
 use super::news::Word;
 use super::rows;
 
@@ -24,10 +24,13 @@ pub(super) async fn lease(store: &Postgres, claim: Claim) -> Result<Vec<Leased>>
     let mut all = Vec::new();
     // Usually once: again only for what could not be read, and never for more than one claim may take.
     let max = claim.max.min(CLAIM_MAX);
+    let mut way = Way::of(store, &claim);
     while all.len() < max {
         let rest = Claim { max: max - all.len(), ..claim.clone() };
-        match claim_and_bury(store, rest, &mut all).await {
+        match claim_and_bury(store, rest, way, &mut all).await {
             Ok(More::Perhaps) => (),
+            // What others have just taken is of the highest priority; the rest is anybody's.
+            Ok(More::No) if matches!(way, Way::InTurn(_)) && all.is_empty() => way = Way::InOrder,
             Ok(More::No) => break,
             // What is held by now is handed over, because nobody else knows that it is.
             Err(error) if !all.is_empty() => {
@@ -41,6 +44,28 @@ pub(super) async fn lease(store: &Postgres, claim: Claim) -> Result<Vec<Leased>>
     Ok(all)
 }
 
+/// How a claim finds what it takes.
+#[derive(Debug, Clone, Copy)]
+enum Way {
+    /// By priority, then by how long it is due.
+    InOrder,
+    /// The same, of what an operator wants run now.
+    Urgent,
+    /// Of the highest priority, round the lanes, on from this one.
+    InTurn(i32),
+}
+
+impl Way {
+    fn of(store: &Postgres, claim: &Claim) -> Self {
+        let last = store.last_lanes().get(&claim.queue).copied();
+        match last {
+            _ if claim.urgent_only => Self::Urgent,
+            Some(last) => Self::InTurn(last),
+            None => Self::InOrder,
+        }
+    }
+}
+
 /// Whether a claim is worth repeating.
 enum More {
     Perhaps,
@@ -48,28 +73,38 @@ enum More {
 }
 
 /// Claims once, and adds to `all` what could be read, before what could not is made a dead letter.
-async fn claim_and_bury(store: &Postgres, claim: Claim, all: &mut Vec<Leased>) -> Result<More> {
+async fn claim_and_bury(
+    store: &Postgres,
+    claim: Claim,
+    way: Way,
+    all: &mut Vec<Leased>,
+) -> Result<More> {
     let queue = claim.queue.clone();
-    let Claimed { leased, unreadable, dropped, .. } = claim_once(store, claim).await?;
+    let Claimed { leased, unreadable, dropped, .. } = claim_once(store, claim, way).await?;
     all.extend(leased);
+    if !dropped.is_empty() {
+        clear_the_way(store, &queue, dropped).await?;
+        // Who holds something does not look for more behind what may be thousands of tokens.
+        if unreadable.is_empty() && !all.is_empty() {
+            return Ok(More::No);
+        }
+    } else if unreadable.is_empty() {
+        return Ok(More::No);
+    }
     if !unreadable.is_empty() {
         bury(store, &queue, unreadable).await?;
-    } else if dropped > 0 {
-        clear_the_way(store, &queue).await?;
-    } else {
-        return Ok(More::No);
     }
     Ok(More::Perhaps)
 }
 
-/// Drops the tokens at the front of a queue whose groups are busy: there may be many of one group.
-async fn clear_the_way(store: &Postgres, queue: &QueueName) -> Result<()> {
+/// Drops the other tokens of groups of which one was met for nothing: there may be many.
+async fn clear_the_way(store: &Postgres, queue: &QueueName, groups: Vec<i64>) -> Result<()> {
     let queue = queue.clone();
     let drop = store.claims.run(move |connection: &mut PgConnection| {
-        let queue = queue.clone();
-        Box::pin(async move { groups::drop_tokens(connection, &queue).await })
+        let (queue, groups) = (queue.clone(), groups.clone());
+        Box::pin(async move { groups::drop_tokens(connection, &queue, &groups).await })
     });
-    drop.await.map(|_| ())
+    drop.await
 }
 
 /// What one claim has brought.
@@ -78,13 +113,15 @@ struct Claimed {
     leased: Vec<Leased>,
     /// Messages that cannot be read, and why.
     unreadable: Vec<(Lease, String)>,
-    /// How many tokens were taken of groups that have nothing to lease now.
-    dropped: i64,
-    /// Where this claim ended, if messages of the queue take turns.
+    /// Groups of which tokens were taken, and that have nothing to lease now.
+    dropped: Vec<i64>,
+    /// Whether messages of the queue take turns.
+    fair: bool,
+    /// Where this claim ended, if it took anything.
     last_lane: Option<i32>,
 }
 
-/// Claims what `first` finds: the places of tokens in ready (tid), their messages' numbers (seq) and lanes, in the order of
+/// Claims what `first` finds: the places of tokens in ready (tid), their numbers (seq), groups and lanes, in the order of
 /// lease, at most $2. Of a group it claims the first message, if it is its turn. See `groups.rs`.
 ///
 /// Lives on: the primary keys of message, content, behind and head; then of lease. Locks the tokens it takes, and passes
@@ -108,7 +145,17 @@ sized as (
     left join lateral (
         select size
         from message
-        where message.seq = first.seq
+        where message.seq = case
+                when first.grp is null then first.seq
+                else (
+                    select behind.seq
+                    from behind
+                    where behind.queue_id = (select id from queue where name = $1)
+                        and behind.grp = first.grp
+                    order by behind.queue_id, behind.grp, behind.seq
+                    limit 1
+                )
+            end
         limit 1
     ) as message on true
 ),
@@ -123,7 +170,7 @@ turns as (
     where grp is not null
     order by grp
 ),
-next as materialized (
+next as (
     select turns.queue_id, turns.grp, behind.seq, behind.tid
     from turns
     cross join lateral (
@@ -173,14 +220,22 @@ leased as (
     cross join clock
     returning lease.seq, lease.token, lease.attempt, lease.leased_at
 )
-select (select count(grp) from taken) - (select count(*) from won) as dropped,
+select array(
+        select grp
+        from turns
+        where not grp = any(array(
+            select grp
+            from next
+            where seq = any(array(select seq from won))
+        ))
+    ) as dropped,
     (select lane from sized where bytes <= $7 or place = 1 order by place desc limit 1) as last_lane,
     exists (
         select 1
         from ready
         where ready.queue_id = (select id from queue where name = $1)
             and ready.lane <> 0
-    ) as in_turn,
+    ) as fair,
     leased.seq, leased.token, leased.attempt as attempts, leased.leased_at, message.id, message.rank,
     message.due_at, message.failures, message.crashes, message.enqueued_at, message.expires_at,
     content.kind, content.correlation_id, content.details, content.body
@@ -196,7 +251,7 @@ left join lateral (select * from content where content.seq = leased.seq limit 1)
 const CLAIM: &str = claim!(
     "",
     "
-    select ready.ctid as tid, ready.seq, ready.lane
+    select ready.ctid as tid, ready.seq, ready.grp, ready.lane
     from ready
     where ready.queue_id = (select id from queue where name = $1)
         and (ready.expires_at is null or ready.expires_at > (select now from clock))
@@ -210,7 +265,7 @@ const CLAIM: &str = claim!(
 const CLAIM_URGENT: &str = claim!(
     "",
     "
-    select ready.ctid as tid, ready.seq, ready.lane
+    select ready.ctid as tid, ready.seq, ready.grp, ready.lane
     from ready
     where ready.queue_id = (select id from queue where name = $1)
         and (ready.expires_at is null or ready.expires_at > (select now from clock))
@@ -283,13 +338,13 @@ each as (
 ),
 ",
     "
-    select tid, seq, lane
+    select tid, seq, grp, lane
     from (
-        select lanes.turn, lanes.lane, ready.tid, ready.seq,
+        select lanes.turn, lanes.lane, ready.tid, ready.seq, ready.grp,
             row_number() over (partition by lanes.turn order by ready.due_at, ready.seq) as round
         from lanes
         cross join lateral (
-            select ready.ctid as tid, ready.seq, ready.due_at
+            select ready.ctid as tid, ready.seq, ready.grp, ready.due_at
             from ready
             where ready.queue_id = (select id from queue where name = $1)
                 and ready.rank = (select rank from front)
@@ -305,7 +360,7 @@ each as (
 "
 );
 
-// Lives on: the primary keys of lease, message, queue and dead; see `give_turns`.
+// Lives on: the primary keys of lease, message, queue and dead; see `free_groups`.
 const BURY: &str = concat!(
     "\
 with gone as (
@@ -325,11 +380,11 @@ finished as (
     from moved
     where grp is not null
         and not ",
-    blocks!(),
+    blocks!("true"),
     "
 ),
 ",
-    give_turns!(),
+    free_groups!(),
     "
 insert into dead (seq, finished_at, queue_id)
 select seq, finished_at, queue_id
@@ -363,23 +418,22 @@ pub(super) const STATEMENTS: &[&str] = &[CLAIM, CLAIM_URGENT, CLAIM_IN_TURN, BUR
 
 /// Claims with one statement, which is on the disk when it returns: a claim that a server forgot in a crash
 /// could not be settled, because its token is random, but the number of its attempt would come again.
-async fn claim_once(store: &Postgres, claim: Claim) -> Result<Claimed> {
+async fn claim_once(store: &Postgres, claim: Claim, way: Way) -> Result<Claimed> {
     // Before the statement is sent, so that the holder lets go too early rather than too late.
     let asked = Instant::now();
     let until = asked + claim.duration;
     let chance = rows::chance().map_err(Trouble::from)?;
     let incarnation = store.pumps.incarnations.of(&claim.replica);
     let queue = claim.queue.clone();
-    let last_lane = store.last_lanes().get(&queue).copied();
     let claimed = store.claims.run(move |connection: &mut PgConnection| {
         let claim = claim.clone();
         Box::pin(async move {
-            let (statement, last_lane) = match last_lane {
-                _ if claim.urgent_only => (CLAIM_URGENT, None),
-                Some(last) => (CLAIM_IN_TURN, Some(last)),
-                None => (CLAIM, None),
-            };
-            let mut statement = query(statement)
+            let mut statement = query(match way {
+                Way::InOrder => CLAIM,
+                Way::Urgent => CLAIM_URGENT,
+                Way::InTurn(_) => CLAIM_IN_TURN,
+            });
+            statement = statement
                 .bind(claim.queue.as_str())
                 .bind(claim.max as i64)
                 .bind(chance)
@@ -387,7 +441,7 @@ async fn claim_once(store: &Postgres, claim: Claim) -> Result<Claimed> {
                 .bind(rows::span(claim.duration))
                 .bind(claim.replica.as_str())
                 .bind(CLAIM_BYTES_MAX as i64);
-            if let Some(last) = last_lane {
+            if let Way::InTurn(last) = way {
                 statement = statement.bind(last);
             }
             let rows = statement.fetch_all(connection).await?;
@@ -395,10 +449,12 @@ async fn claim_once(store: &Postgres, claim: Claim) -> Result<Claimed> {
         })
     });
     let claimed = claimed.await?;
-    match claimed.last_lane {
-        Some(last) => drop(store.last_lanes().insert(queue, last)),
-        None if last_lane.is_some() => drop(store.last_lanes().remove(&queue)),
-        None => (),
+    match (claimed.fair, claimed.last_lane, way) {
+        (_, _, Way::Urgent) => (),
+        (true, Some(last), _) => drop(store.last_lanes().insert(queue, last)),
+        (true, None, _) => drop(store.last_lanes().entry(queue).or_insert(0)),
+        (false, _, Way::InTurn(_)) => drop(store.last_lanes().remove(&queue)),
+        (false, _, Way::InOrder) => (),
     }
     metrics::commit_seconds("lease").record(asked.elapsed());
     metrics::batch_size("lease").record(claimed.leased.len() as f64);
@@ -409,9 +465,8 @@ fn read(rows: Vec<PgRow>, queue: &QueueName, until: Instant) -> Result<Claimed, 
     let mut claimed = Claimed::default();
     if let Some(first) = rows.first() {
         claimed.dropped = first.try_get("dropped")?;
-        let last: Option<i32> = first.try_get("last_lane")?;
-        claimed.last_lane =
-            first.try_get("in_turn").map(|turn: bool| turn.then(|| last.unwrap_or(0)))?;
+        claimed.fair = first.try_get("fair")?;
+        claimed.last_lane = first.try_get("last_lane")?;
     }
     for row in rows {
         let Some(seq) = row.try_get("seq")? else { continue };

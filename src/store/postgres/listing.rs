@@ -10,6 +10,7 @@ use crate::model::{
     DeliveryRecord, ErrorKind, MessageId, Outcome, QueueName, Record, ReplicaName, State,
 };
 
+use super::super::columns::BEHIND;
 use super::super::{Depth, Filter, Listed, Page, ROWS_LOOKED_AT_MAX, Result};
 use super::Postgres;
 use super::fault::{Trouble, unreadable};
@@ -325,9 +326,6 @@ async fn look_down(
     let row = look.fetch_one(connection).await?;
     Ok(Edge { last: row.try_get("seq")?, more: row.try_get::<i64, _>("n")? >= ROWS_LOOKED_AT_MAX })
 }
-
-/// The number under which messages are counted that wait in groups; that of no state.
-const BEHIND: i16 = 8;
 
 pub(super) async fn depths(store: &Postgres) -> Result<Vec<Depth>> {
     store.hands.run(|connection| Box::pin(count(connection))).await

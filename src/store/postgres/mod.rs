@@ -1,4 +1,4 @@
-//! The store for several replicas: one Postgres database, version 10 or newer.
+//! The store for several replicas: one Postgres database, version 11 or newer.
 //!
 //! How a message lives in tables is told in `migrations/postgres/0001_house.sql`; here is how they are
 //! reached. Messages coming in, and settlements, share transactions ([`writer`]); claims are one statement
@@ -44,8 +44,8 @@ use crate::model::{
 
 use super::{
     Amended, Amendment, Attendance, Attended, Claim, DeleteQueue, Depth, Enqueue, EnqueueOutcome,
-    Filter, Handover, Listed, News, Page, Precondition, Promoted, PumpRecord, PutQueue, Reaped,
-    Result, Settle, Settled, Store, Swept,
+    Error, Filter, Handover, Listed, News, Page, Precondition, Promoted, PumpRecord, PutQueue,
+    Reaped, Result, Settle, Settled, Store, Swept,
 };
 use enqueue::Enqueues;
 use news::Herald;
@@ -179,7 +179,7 @@ impl Store for Postgres {
     }
 
     async fn settle(&self, settle: Settle) -> Result<Settled> {
-        self.settles.ask(settle).await
+        self.settles.ask(settle).await?.map_err(|what| Error::Rejected { what })
     }
 
     async fn renew(&self, leases: Vec<Lease>, duration: Duration) -> Result<Vec<bool>> {

@@ -8,7 +8,7 @@ use sqlx::{PgConnection, Row, query};
 
 use crate::model::{Lasts, NewMessage, State, When};
 
-use super::super::{Enqueued, Error, Receipt, Result};
+use super::super::{Enqueued, Error, Receipt, Result, check};
 use super::fault::Trouble;
 use super::{Postgres, rows};
 
@@ -31,8 +31,9 @@ impl Postgres {
     /// this transaction, however long it is open; only its queue cannot be deleted meanwhile. The database role of the
     /// connection must be allowed to execute `pumphouse.take_one`, as the owner of the schema is.
     ///
-    /// **Fails** with [`Error::Refused`] where there is no such queue, where it is full, and where a key belongs to
-    /// another request; then the transaction is aborted, as after every error of a statement.
+    /// **Fails** with [`Error::Rejected`] where there is no such queue, where it is full, where a key belongs to
+    /// another request, and where a message has what no message may have (then the database is not asked); otherwise the
+    /// transaction is aborted, as after every error of a statement.
     ///
     /// ```no_run
     /// # async fn place(database: &sqlx::PgPool) -> Result<(), Box<dyn std::error::Error>> {
@@ -51,6 +52,7 @@ impl Postgres {
         connection: &mut PgConnection,
         message: &NewMessage,
     ) -> Result<Enqueued> {
+        check(message)?;
         let details = serde_json::to_string(&message.details);
         let (wait, moment) = split(Some(message.deliver));
         let (lifetime, end) = split(message.expires);
@@ -109,7 +111,7 @@ fn refused(error: sqlx::Error) -> Error {
     match error.as_database_error() {
         // undefined_object, invalid_parameter_value, program_limit_exceeded
         Some(said) if matches!(said.code().as_deref(), Some("42704" | "22023" | "54000")) => {
-            Error::Refused { what: said.message().to_owned() }
+            Error::Rejected { what: said.message().to_owned() }
         }
         _ => Trouble::from(error).into(),
     }

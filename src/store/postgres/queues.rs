@@ -1,5 +1,7 @@
 //! Queues, and whether they and the pump are to run.
 
+use std::time::Duration;
+
 use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row, query, query_scalar};
 
@@ -198,7 +200,7 @@ pub(super) async fn put_queue(
     settings: QueueSettings,
     precondition: Precondition,
 ) -> Result<PutQueue> {
-    let name = name.clone();
+    let (name, told) = (name.clone(), name.clone());
     let done = store
         .hands
         .transact(move |connection: &mut PgConnection| {
@@ -208,7 +210,8 @@ pub(super) async fn put_queue(
         })
         .await?;
     if done != PutQueue::PreconditionFailed {
-        store.herald.tell(Word::of_settings());
+        // Groups that were blocked may go.
+        store.herald.tell(Word { settings: true, ..Word::of_ready([told]) });
     }
     Ok(done)
 }
@@ -258,13 +261,22 @@ pub(super) async fn delete_queue(
     precondition: Precondition,
 ) -> Result<DeleteQueue> {
     let name = name.clone();
-    let done = store
-        .hands
-        .transact(move |connection: &mut PgConnection| {
-            let (name, precondition) = (name.clone(), precondition.clone());
-            Box::pin(async move { delete(connection, &name, force, &precondition).await })
-        })
-        .await?;
+    let mut tries = 1;
+    let done = loop {
+        let (name, precondition) = (name.clone(), precondition.clone());
+        let done = store
+            .hands
+            .transact(move |connection: &mut PgConnection| {
+                let (name, precondition) = (name.clone(), precondition.clone());
+                Box::pin(async move { delete(connection, &name, force, &precondition).await })
+            })
+            .await?;
+        if done != DeleteQueue::InUse || tries == UNUSED_TRIES {
+            break done;
+        }
+        tries += 1;
+        tokio::time::sleep(UNUSED_PAUSE).await;
+    };
     if done == DeleteQueue::Deleted {
         store.herald.tell(Word::of_settings());
     }
@@ -428,6 +440,11 @@ pub(super) async fn set_body_limit(store: &Postgres, bytes: usize) -> Result<()>
         })
         .await
 }
+
+/// How often, and how long apart, it is tried to find a moment in which nobody sends to a queue in a transaction of
+/// their own.
+const UNUSED_TRIES: u32 = 10;
+const UNUSED_PAUSE: Duration = Duration::from_millis(30);
 
 fn is_lock_not_available(error: &sqlx::Error) -> bool {
     error.as_database_error().and_then(|error| error.code()).is_some_and(|code| code == "55P03")

@@ -15,11 +15,11 @@ use crate::model::{
     DELIVERIES_KEPT, DeliveryRecord, Lease, NewMessage, QueueName, Settlement, State,
 };
 
-use super::super::{Enqueued, Error, Settle, Settled, target_gone};
-use super::enqueue::Plan;
-use super::facts::{Care, Facts, lock_names};
+use super::super::{Enqueued, Settle, Settled, not_sent, target_gone};
+use super::enqueue::{Mark, Plan};
+use super::facts::{Care, Facts, Patience, lock_names};
 use super::fault::Trouble;
-use super::groups::{blocks, give_turns, line_up};
+use super::groups::{blocks, free_groups, line_up};
 use super::news::Word;
 use super::rows;
 use super::writer::{Batch, Committed, Done, Pumps};
@@ -29,7 +29,7 @@ pub(super) struct Settles;
 
 impl Batch for Settles {
     type Call = Settle;
-    type Answer = Settled;
+    type Answer = Answer;
     const NAME: &'static str = "settle";
 
     fn weight(call: &Settle) -> usize {
@@ -41,24 +41,32 @@ impl Batch for Settles {
         connection: &'c mut PgConnection,
         calls: &'c [&'c Settle],
         pumps: &'c Pumps,
-    ) -> BoxFuture<'c, Committed<Settled>> {
+        patience: Patience,
+    ) -> BoxFuture<'c, Committed<Answer>> {
         Box::pin(async move {
             let rounds = rounds(calls);
             let alone = |call: &&Settle| sent(call).is_empty() && target(call).is_none();
             if rounds.len() == 1 && calls.iter().all(alone) {
                 // One statement is one transaction, and one round trip.
-                let (answers, word) = write(connection, calls, &rounds).await?;
+                let (settled, word) = write(connection, calls, &rounds).await?;
+                let answers = settled.into_iter().map(Ok).collect();
                 return Ok(Done { answers, word, handed: Vec::new() });
             }
-            match settle_and_send(connection, calls, pumps, Care::Usual).await {
+            match settle_and_send(connection, calls, pumps, (Care::Usual, patience)).await {
                 Err(trouble) if trouble.is_known_name() => {
-                    settle_and_send(connection, calls, pumps, Care::Names).await
+                    settle_and_send(connection, calls, pumps, (Care::Names, patience)).await
                 }
                 done => done,
             }
         })
     }
 }
+
+/// What is said to a settlement: what became of it, or what of its messages was refused.
+pub(super) type Answer = std::result::Result<Settled, Refused>;
+
+/// Which message was refused, and why.
+type Refused = String;
 
 /// What a settlement weighs without what is sent along.
 const ROW_WEIGHT: usize = 500;
@@ -80,30 +88,68 @@ async fn settle_and_send(
     connection: &mut PgConnection,
     calls: &[&Settle],
     pumps: &Pumps,
-    care: Care,
-) -> Committed<Settled> {
+    care: (Care, Patience),
+) -> Committed<Answer> {
     let mut transaction = connection.begin().await.map_err(Trouble::unbegun)?;
     // Before anything else, so that no queue is deleted while messages come to it.
     lock_names(&mut transaction, calls.iter().filter_map(|call| target(call))).await?;
-    let (settled, mut word) = write(&mut transaction, calls, &rounds(calls)).await?;
-    let valid = calls.iter().zip(&settled).filter(|(_, settled)| **settled != Settled::LeaseLost);
-    let sent = valid.flat_map(|(call, _)| sent(call)).collect::<Vec<_>>();
-    if sent.is_empty() {
-        transaction.commit().await?;
-        return Ok(Done { answers: settled, word, handed: Vec::new() });
+    let all_sent = calls.iter().flat_map(|call| sent(call)).collect::<Vec<_>>();
+    let facts = match all_sent.is_empty() {
+        true => None,
+        false => Some(Facts::find(&mut transaction, &all_sent, &[], care).await?),
+    };
+    let mut plan = facts.map(|facts| Plan::new(facts, pumps));
+    // What cannot be sent is found out before anything is written, so that it fails for its own handler alone.
+    let refused = take_all_in(plan.as_mut(), calls, |_| true);
+    let kept = calls.iter().zip(&refused).filter(|(_, refused)| refused.is_none());
+    let kept = kept.map(|(call, _)| *call).collect::<Vec<_>>();
+    let (settled, mut word) = write(&mut transaction, &kept, &rounds(&kept)).await?;
+    let mut settled = settled.into_iter();
+    let answers = refused.into_iter().map(|refused| match refused {
+        Some(what) => Err(what),
+        None => Ok(settled.next().expect("each call that was kept is answered")),
+    });
+    let answers = answers.collect::<Vec<Answer>>();
+    if answers.contains(&Ok(Settled::LeaseLost)) {
+        let is_held = |at: usize| matches!(answers[at], Ok(Settled::Done { .. }));
+        take_all_in(plan.as_mut(), calls, is_held);
     }
-    let facts = Facts::find(&mut transaction, &sent, &[], care).await?;
-    let mut plan = Plan::new(facts, pumps);
-    for (place, message) in sent.into_iter().enumerate() {
-        if let Enqueued::Refused(refusal) = plan.take_in(message, place) {
-            let what = format!("a message sent by a handler was refused: {refusal:?}");
-            return Err(Trouble::Ours(Error::Refused { what }));
-        }
+    let mut handed = Vec::new();
+    if let Some(plan) = plan {
+        let written = plan.write(&mut transaction).await?;
+        word.add(written.word);
+        handed = written.handed;
     }
-    let written = plan.write(&mut transaction).await?;
-    word.add(written.word);
     transaction.commit().await?;
-    Ok(Done { answers: settled, word, handed: written.handed })
+    Ok(Done { answers, word, handed })
+}
+
+/// Plans to take in what was sent with those of these calls of which this says so, from the beginning; says of each what
+/// was refused, if anything was: then nothing of that call is planned.
+fn take_all_in<'a>(
+    plan: Option<&mut Plan<'a>>,
+    calls: &[&'a Settle],
+    wanted: impl Fn(usize) -> bool,
+) -> Vec<Option<Refused>> {
+    let Some(plan) = plan else { return vec![None; calls.len()] };
+    plan.undo(Mark::default());
+    let mut places = 0..;
+    let mut take_in = |(at, call): (usize, &&'a Settle)| {
+        let mark = plan.mark();
+        let mut refused = None;
+        for (number, message) in sent(call).iter().enumerate() {
+            let place = places.next().expect("there is no last number");
+            if refused.is_some() || !wanted(at) {
+                continue;
+            }
+            if let Enqueued::Refused(refusal) = plan.take_in(message, place) {
+                plan.undo(mark);
+                refused = Some(not_sent(number, &refusal));
+            }
+        }
+        refused
+    };
+    calls.iter().enumerate().map(|call| take_in(call)).collect()
 }
 
 /// Gives back what was leased for somebody who does not want it any more; says what there is to tell.
@@ -171,7 +217,7 @@ recorded as (
     };
 }
 
-// Lives on: the primary keys of lease, queue and message; then of ended and of delivery; see `give_turns`.
+// Lives on: the primary keys of lease, queue and message; then of ended and of delivery; see `free_groups`.
 //
 // The number of the attempt is the one after the last that was written, because that is how the claim made
 // it. Nothing in it grows faster than the batch: what differs between messages stands in `SETTLE`.
@@ -195,7 +241,7 @@ finished as (
     where grp is not null
 ),
 ",
-    give_turns!(),
+    free_groups!(),
     "
 select seq, (select now from clock) - enqueued_at as age, false as scheduled,
     case when grp is not null then (select name from queue where id = queue_id) end as ready
@@ -203,7 +249,7 @@ from moved"
 );
 
 // Lives on: the primary keys of lease, queue and message; then of ready, scheduled, dead or ended, and
-// of delivery; see `give_turns`. A message of a group that is to be tried again is still its first.
+// of delivery; see `free_groups`. A message of a group that is to be tried again is still its first.
 //
 // Each message finds what is meant for it by its place in a list, so that there is no order of joining
 // that could be chosen wrongly: see `open`. Its time grows with the square of the batch, which therefore
@@ -271,12 +317,12 @@ finished as (
     from moved
     where grp is not null
         and state <> 0
-        and not (state = 5 and ",
-    blocks!(),
+        and not (",
+    blocks!("state = 5"),
     ")
 ),
 ",
-    give_turns!(),
+    free_groups!(),
     "
 select seq, now - enqueued_at as age, state = 0 and due_at > now as scheduled,
     case
@@ -287,7 +333,7 @@ from moved"
 );
 
 // Lives on: the primary keys of lease and message, and queue_name_key; then of ready or dead, and of delivery. For
-// one message at a time. Where the queue is gone, the message is dead in its own. See `give_turns` and `line_up`.
+// one message at a time. Where the queue is gone, the message is dead in its own. See `free_groups` and `line_up`.
 const MOVE: &str = concat!(
     fenced!(
         "
@@ -332,8 +378,8 @@ finished as (
     select seq, grp
     from moved
     where grp is not null
-        and not (state = 5 and ",
-    blocks!(),
+        and not (",
+    blocks!("state = 5"),
     ")
 ),
 arriving as (
@@ -343,7 +389,7 @@ arriving as (
         and state = 0
 ),
 ",
-    give_turns!(),
+    free_groups!(),
     ",
 ",
     line_up!(),

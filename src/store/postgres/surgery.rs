@@ -11,7 +11,7 @@ use crate::model::{MessageId, QueueName, Record, State};
 use super::super::{Amended, Amendment, Filter, Result};
 use super::Postgres;
 use super::fault::Trouble;
-use super::groups::{give_turns, line_up};
+use super::groups::{free_groups, line_up};
 use super::news::Word;
 use super::rows::{self, records};
 
@@ -43,7 +43,7 @@ where queue_id = (select queue_id from message where seq = $1)
     and seq = $1
 returning now_micros() as now";
 
-// Lives on: the primary keys of message and ended; see `give_turns`.
+// Lives on: the primary keys of message and ended; see `free_groups`.
 const CANCEL: &str = concat!(
     "\
 with moved as (
@@ -58,7 +58,7 @@ finished as (
     where grp is not null
 ),
 ",
-    give_turns!(),
+    free_groups!(),
     "
 insert into ended (finished_at, seq, queue_id)
 select finished_at, seq, queue_id
@@ -135,6 +135,7 @@ first as (
             and head.queue_id = moved.queue_id
             and head.seq = moved.seq
         limit 1
+        for update
     ) as head
 ),
 made_ready as (
@@ -216,7 +217,7 @@ with gone as (
     delete_gone!(),
     ",
 ",
-    give_turns!(),
+    free_groups!(),
     "
 select seq
 from gone"
@@ -241,7 +242,7 @@ with gone as (
     delete_gone!(),
     ",
 ",
-    give_turns!(),
+    free_groups!(),
     "
 select count(*)
 from gone"
@@ -265,7 +266,7 @@ with gone as (
     delete_gone!(),
     ",
 ",
-    give_turns!(),
+    free_groups!(),
     "
 select count(*)
 from gone"
@@ -289,7 +290,7 @@ with gone as (
     delete_gone!(),
     ",
 ",
-    give_turns!(),
+    free_groups!(),
     "
 select count(*)
 from gone"
@@ -473,7 +474,8 @@ async fn delete(connection: &mut PgConnection, id: MessageId) -> Result<Amended,
 
 pub(super) async fn purge(store: &Postgres, queue: &QueueName, max: usize) -> Result<u64> {
     let queue = queue.clone();
-    store
+    let told = queue.clone();
+    let purged = store
         .hands
         .run(move |connection| {
             let queue = queue.clone();
@@ -490,7 +492,12 @@ pub(super) async fn purge(store: &Postgres, queue: &QueueName, max: usize) -> Re
                 Ok(purged as u64)
             })
         })
-        .await
+        .await?;
+    if purged > 0 {
+        // In a group the first of those that are left may go.
+        store.herald.tell(Word::of_ready([told]));
+    }
+    Ok(purged)
 }
 
 async fn purge_some(

@@ -12,12 +12,13 @@ use crate::model::QueueName;
 use super::super::{EXPIRED, Result, Swept};
 use super::Postgres;
 use super::fault::Trouble;
-use super::groups::{blocks, give_turns};
+use super::groups::{blocks, free_groups};
+use super::news::Word;
 use super::surgery::delete_gone;
 use super::upkeep::{counts, limit};
 
 /// Ends messages that waited longer than their sender wanted: as expired, or as dead letters for the reason
-/// `$2` where their queue asks for that. Lives on: the primary keys of message, ended, dead and queue; see `give_turns`.
+/// `$2` where their queue asks for that. Lives on: the primary keys of message, ended, dead and queue; see `free_groups`.
 macro_rules! expire {
     ($table:literal) => {
         concat!(
@@ -70,12 +71,12 @@ finished as (
     select seq, grp
     from moved
     where grp is not null
-        and not (dead and ",
-            blocks!(),
+        and not (",
+            blocks!("dead"),
             ")
 ),
 ",
-            give_turns!(),
+            free_groups!(),
             "
 select (select name from queue where queue.id = moved.queue_id) as queue, dead, count(*) as n
 from moved
@@ -124,7 +125,7 @@ gone as (
             delete_gone!(),
             ",
 ",
-            give_turns!(),
+            free_groups!(),
             "
 select count(*)
 from gone"
@@ -381,7 +382,12 @@ const NEEDED_KEY: i64 = 60_000_000;
 
 pub(super) async fn sweep(store: &Postgres, max: usize) -> Result<Swept> {
     store.herald.news.forget_unheard();
-    store.hands.run(move |connection| Box::pin(sweep_all(connection, limit(max)))).await
+    let swept =
+        store.hands.run(move |connection| Box::pin(sweep_all(connection, limit(max)))).await?;
+    // Of a group whose first message expired, the next one may go.
+    let queues = swept.expired.iter().map(|(queue, _)| queue.clone());
+    store.herald.tell(Word::of_ready(queues));
+    Ok(swept)
 }
 
 async fn sweep_all(connection: &mut PgConnection, max: i64) -> Result<Swept, Trouble> {

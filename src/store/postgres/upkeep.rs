@@ -10,7 +10,7 @@ use crate::model::{QueueName, State};
 
 use super::super::{Promoted, Reaped, Result};
 use super::Postgres;
-use super::groups::{blocks, give_turns};
+use super::groups::{blocks, free_groups};
 use super::news::Word;
 use super::rows;
 
@@ -47,7 +47,7 @@ limit 1";
 /// Takes leases back: a crash is counted, and the message is ready again or dead. `$which` selects the
 /// `ctid`s of leases, at most `$1`.
 ///
-/// Lives on: the primary keys of lease, queue, message, delivery, and of ready or dead; see `give_turns`.
+/// Lives on: the primary keys of lease, queue, message, delivery, and of ready or dead; see `free_groups`.
 macro_rules! take_back {
     ($with:literal, $which:literal) => {
         concat!(
@@ -123,11 +123,11 @@ finished as (
     where grp is not null
         and state = 5
         and not ",
-            blocks!(),
+            blocks!("true"),
             "
 ),
 ",
-            give_turns!(),
+            free_groups!(),
             "
 select moved.id, queue.name as queue, moved.state
 from moved

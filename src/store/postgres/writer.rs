@@ -12,7 +12,7 @@ use std::time::Instant;
 use futures::future::BoxFuture;
 use sqlx::PgConnection;
 use sqlx::postgres::PgConnectOptions;
-use tokio::sync::{Mutex, mpsc, oneshot};
+use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -21,6 +21,7 @@ use crate::telemetry::metrics;
 
 use super::super::{Error, Handover, Place, Result};
 use super::Incarnations;
+use super::facts::Patience;
 use super::fault::{Trouble, fault};
 use super::news::{Herald, Word};
 use super::settle::give_back;
@@ -34,6 +35,8 @@ const CALLS_MAX: usize = 1000;
 const WEIGHT_MAX: usize = 4 << 20;
 /// How often a batch is tried that others were in the way of.
 const TRIES: u32 = 4;
+/// How many calls of a writer may wait at once for somebody who uses their keys; each has a connection.
+const PATIENT_MAX: usize = 4;
 
 /// A kind of call, and how many of them are done in one transaction.
 pub(super) trait Batch: Send + Sync + 'static {
@@ -52,6 +55,7 @@ pub(super) trait Batch: Send + Sync + 'static {
         connection: &'c mut PgConnection,
         calls: &'c [&'c Self::Call],
         pumps: &'c Pumps,
+        patience: Patience,
     ) -> BoxFuture<'c, Committed<Self::Answer>>;
 }
 
@@ -115,10 +119,14 @@ impl<B: Batch> Writer<B> {
     ) -> Self {
         let (calls, waiting) = mpsc::channel(CALLS_WAITING_MAX);
         let waiting = Arc::new(Mutex::new(waiting));
+        let patient = Arc::new(Semaphore::new(PATIENT_MAX));
         for _ in 0..connections {
             let clerk = Clerk {
                 waiting: Arc::clone(&waiting),
                 line: Line::new(options.clone(), &pumps.breaks),
+                options: options.clone(),
+                tasks: tasks.clone(),
+                patient: Arc::clone(&patient),
                 herald: Arc::clone(herald),
                 pumps: Arc::clone(pumps),
                 stop: stop.clone(),
@@ -142,6 +150,10 @@ struct Clerk<B: Batch> {
     /// The others of this writer take from it too, one at a time.
     waiting: Arc<Mutex<mpsc::Receiver<Waiting<B>>>>,
     line: Line,
+    options: PgConnectOptions,
+    tasks: TaskTracker,
+    /// How many calls may wait for a key of somebody else's, beside the line.
+    patient: Arc<Semaphore>,
     herald: Arc<Herald>,
     pumps: Arc<Pumps>,
     stop: CancellationToken,
@@ -177,7 +189,7 @@ impl<B: Batch> Clerk<B> {
 
     async fn settle(&mut self, batch: Vec<Waiting<B>>) {
         let calls = batch.iter().map(|waiting| &waiting.call).collect::<Vec<_>>();
-        match self.commit(&calls).await {
+        match self.commit(&calls, Patience::Short).await {
             Ok((answers, left)) => {
                 for (waiting, answer) in batch.into_iter().zip(answers) {
                     waiting.answer(Ok(answer));
@@ -200,9 +212,13 @@ impl<B: Batch> Clerk<B> {
         for waiting in batch {
             let done = match known.take() {
                 Some(trouble) => Err(trouble),
-                None => self.commit(&[&waiting.call]).await,
+                None => self.commit(&[&waiting.call], Patience::Short).await,
             };
             let (answer, left) = match done {
+                Err(Trouble::KeyInUse) => {
+                    self.wait_beside_the_line(waiting);
+                    continue;
+                }
                 Ok((mut answers, left)) => {
                     (Ok(answers.pop().expect("each call is answered")), left)
                 }
@@ -213,16 +229,45 @@ impl<B: Batch> Clerk<B> {
         }
     }
 
+    /// Lets a call wait for whoever uses its key, on a connection of its own: nobody else is to wait for that.
+    fn wait_beside_the_line(&self, waiting: Waiting<B>) {
+        let Ok(place) = Arc::clone(&self.patient).try_acquire_owned() else {
+            return waiting.answer(Err(Error::KeyInUse));
+        };
+        let mut clerk = Self {
+            waiting: Arc::clone(&self.waiting),
+            line: Line::new(self.options.clone(), &self.pumps.breaks),
+            options: self.options.clone(),
+            tasks: self.tasks.clone(),
+            patient: Arc::clone(&self.patient),
+            herald: Arc::clone(&self.herald),
+            pumps: Arc::clone(&self.pumps),
+            stop: self.stop.clone(),
+        };
+        self.tasks.spawn(async move {
+            match clerk.commit(&[&waiting.call], Patience::Long).await {
+                Ok((mut answers, left)) => {
+                    waiting.answer(Ok(answers.pop().expect("each call is answered")));
+                    clerk.give_back(left).await;
+                }
+                Err(trouble) => waiting.answer(Err(Error::from(trouble))),
+            }
+            clerk.line.close().await;
+            drop(place);
+        });
+    }
+
     /// Does these calls, and hands over what was stored as leased; returns the answers, and what nobody takes
     /// any more.
     async fn commit(
         &mut self,
         calls: &[&B::Call],
+        patience: Patience,
     ) -> Result<(Vec<B::Answer>, Vec<Lease>), Trouble> {
         let started = Instant::now();
         let mut tries = 1;
         let Done { answers, word, handed } = loop {
-            match self.attempt(calls).await {
+            match self.attempt(calls, patience).await {
                 Err(trouble) if tries < TRIES && trouble.is_worth_another_try() => {
                     pause(tries).await;
                     tries += 1;
@@ -258,9 +303,9 @@ impl<B: Batch> Clerk<B> {
         }
     }
 
-    async fn attempt(&mut self, calls: &[&B::Call]) -> Committed<B::Answer> {
+    async fn attempt(&mut self, calls: &[&B::Call], patience: Patience) -> Committed<B::Answer> {
         let connection = self.line.connection().await?;
-        let done = answered(B::commit(connection, calls, &self.pumps)).await;
+        let done = answered(B::commit(connection, calls, &self.pumps, patience)).await;
         if done.as_ref().is_err_and(|trouble| trouble.is_for_all().is_some()) {
             self.line.hang_up();
         }

@@ -15,9 +15,10 @@ use crate::clock::Clock;
 use crate::model::{MessageId, QueueName, QueueSettings, State, Token};
 use crate::telemetry::metrics;
 
-use super::super::{Handover, News, columns};
+use super::super::columns::{self, BEHIND};
+use super::super::{Handover, News};
 use super::fault::{leaves_doubt, unreadable};
-use super::groups::Turns;
+use super::groups::GroupChanges;
 use super::open::Opened;
 use super::rows;
 
@@ -33,7 +34,7 @@ pub(super) struct Desk {
     /// What the transaction has changed in the counts so far.
     pub(super) tally: Tally,
     /// What the transaction has done to groups so far.
-    pub(super) turns: Turns,
+    pub(super) groups: GroupChanges,
     /// Where the last claim of a queue ended whose messages take turns: the lane of its last message.
     pub(super) last_lanes: HashMap<i64, i64>,
     /// What is to be told once it is committed.
@@ -123,7 +124,7 @@ impl Desk {
             now: 0,
             began: Instant::now(),
             tally: Tally::default(),
-            turns: Turns::default(),
+            groups: GroupChanges::default(),
             last_lanes: HashMap::new(),
             word: Word::default(),
             careful: false,
@@ -154,7 +155,7 @@ impl Desk {
         self.began = Instant::now();
         self.now = rows::micros(self.clock.now());
         self.tally = Tally::default();
-        self.turns = Turns::default();
+        self.groups = GroupChanges::default();
         self.word = Word::default();
         self.chance = None;
         if self.queues_changed {
@@ -266,8 +267,8 @@ impl Desk {
         self.went(held.queue_id, State::Leased);
         self.came(queue_id, Count::of_ready(held.group.is_some()));
         if let Some(group) = held.group {
-            self.turns.gone(&[seq]);
-            self.turns.came(queue_id, group);
+            self.groups.gone(&[seq]);
+            self.groups.came(queue_id, group);
         }
     }
 
@@ -416,9 +417,6 @@ impl Count {
         }
     }
 }
-
-/// The number under which messages are counted that wait in groups; that of no state.
-const BEHIND: i16 = 8;
 
 impl Counts {
     async fn load(connection: &mut SqliteConnection) -> sqlx::Result<Self> {

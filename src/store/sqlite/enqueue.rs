@@ -10,6 +10,7 @@ use sqlx::{Row, query};
 
 use crate::model::{Idempotency, Lasts, Leased, MessageId, NewMessage, State};
 
+use super::super::columns::WHILE_PENDING;
 use super::super::{
     Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Receipt, Refusal, Result, refusals,
 };
@@ -110,9 +111,6 @@ struct NewKey {
     expires_at: i64,
     sweep_at: i64,
 }
-
-/// When a key expires that counts as long as its message can be delivered.
-const WHILE_PENDING: i64 = -1;
 
 /// A place in a plan to which it can be undone.
 #[derive(Debug, Clone, Copy)]
@@ -224,7 +222,7 @@ impl<'a> Plan<'a> {
         let row = NewRow { lease, ..row };
         desk.came(queue.id, row.count());
         if let Some(group) = row.group {
-            desk.turns.came(queue.id, group);
+            desk.groups.came(queue.id, group);
         }
         for key in &message.keys {
             self.remember(desk, queue.id, *key, Some(&row));

@@ -3,7 +3,7 @@
 //! Each message of a group comes in behind the others (`behind` = 1). The one whose turn it is stands in the
 //! table head, from then until it has ended; one that is retried keeps its place there, and so does one that is
 //! dead in a queue whose groups are blocked by their dead. What a transaction does to groups, it notes at the
-//! desk ([`Turns`]); its last step gives those without a head their next message. So whatever comes, goes and
+//! desk ([`GroupChanges`]); its last step gives those without a head their next message. So whatever comes, goes and
 //! is sent in one transaction, in whatever order, there is one place that decides.
 
 use std::collections::BTreeSet;
@@ -17,14 +17,14 @@ use super::rows;
 
 /// What a transaction has done to groups so far.
 #[derive(Debug, Default)]
-pub(super) struct Turns {
+pub(super) struct GroupChanges {
     /// Messages that are no longer the first of their group, if they were.
     freed: Vec<i64>,
     /// Groups, by queue and number, that may need a first message.
     touched: BTreeSet<(i64, i64)>,
 }
 
-impl Turns {
+impl GroupChanges {
     /// Says that this message has ended, in this state.
     pub(super) fn ended(&mut self, queue: Option<&Queue>, seq: i64, state: State) {
         let on_dead = queue.map(|queue| queue.settings.group_on_dead).unwrap_or_default();
@@ -51,7 +51,7 @@ where seq in (select value from json_each(?))
 returning queue_id, grp";
 
 // Lives on: head_group, and message_behind, of which it reads one row for each group.
-const GIVE_TURNS: &str = "\
+const NEXT_HEADS: &str = "\
 insert into head (seq, queue_id, grp)
 select next.seq, next.queue_id, next.grp
 from (
@@ -91,7 +91,7 @@ where head.queue_id = ?
 
 /// The last step of a transaction: gives each group that needs one its next message.
 pub(super) async fn line_up(desk: &mut Desk) -> sqlx::Result<()> {
-    let Turns { freed, mut touched } = std::mem::take(&mut desk.turns);
+    let GroupChanges { freed, mut touched } = std::mem::take(&mut desk.groups);
     if !freed.is_empty() {
         let free = query(FREE).bind(rows::list(freed));
         for row in free.fetch_all(&mut desk.connection).await? {
@@ -103,7 +103,7 @@ pub(super) async fn line_up(desk: &mut Desk) -> sqlx::Result<()> {
     }
     let touched = rows::json(&touched.into_iter().collect::<Vec<_>>());
     let mut next = Vec::new();
-    for row in query(GIVE_TURNS).bind(touched).fetch_all(&mut desk.connection).await? {
+    for row in query(NEXT_HEADS).bind(touched).fetch_all(&mut desk.connection).await? {
         desk.moved(row.try_get("queue_id")?, Count::Behind, State::Ready);
         next.push(row.try_get("seq")?);
     }
@@ -118,9 +118,9 @@ pub(super) async fn line_up(desk: &mut Desk) -> sqlx::Result<()> {
 pub(super) async fn unblock(desk: &mut Desk, queue_id: i64) -> sqlx::Result<()> {
     let blocking = sqlx::query_scalar::<_, i64>(BLOCKING).bind(queue_id);
     let blocking = blocking.fetch_all(&mut desk.connection).await?;
-    desk.turns.gone(&blocking);
+    desk.groups.gone(&blocking);
     Ok(())
 }
 
 /// The statements of this file.
-pub(super) const STATEMENTS: &[&str] = &[FREE, GIVE_TURNS, STEP_FORWARD, BLOCKING];
+pub(super) const STATEMENTS: &[&str] = &[FREE, NEXT_HEADS, STEP_FORWARD, BLOCKING];

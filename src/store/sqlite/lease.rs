@@ -41,33 +41,36 @@ pub(super) async fn lease(
 
 /// What a claim reads of message, as it stands in the list that [`READY`] makes.
 macro_rules! pick {
-    ($ready:literal, $order:literal, $in_turn:literal) => {
+    ($ready:literal, $order:literal, $fair:literal) => {
         concat!(
             "\
-select json_group_array(json_array(
-    seq, hex(id), rank, due_at, attempts, failures, crashes, enqueued_at, expires_at, size, grp, lane
-)), ",
-            $in_turn,
-            "
-from (
-    select *
-    from message ",
+select case when fair then '[]' else (
+    select json_group_array(json_array(
+        seq, hex(id), rank, due_at, attempts, failures, crashes, enqueued_at, expires_at, size, grp, lane
+    ))
+    from (
+        select *
+        from message ",
             $ready,
             "
-        and message.state = 0
-        and message.behind = 0
-        and (message.expires_at is null or message.expires_at > ?2)
-    ",
+            and message.state = 0
+            and message.behind = 0
+            and (message.expires_at is null or message.expires_at > ?2)
+        ",
             $order,
             "
-    limit ?3
-)"
+        limit ?3
+    )
+) end, fair
+from (select ",
+            $fair,
+            " as fair)"
         )
     };
 }
 
 // Lives on: message_ready, from its front, and one row of message_in_turn. What has expired is passed over; the sweep
-// takes it out of the way. Says besides whether messages are ready that take turns.
+// takes it out of the way. Where messages are ready that take turns, it says only that.
 const READY: &str = pick!(
     "\
 indexed by message_ready
@@ -203,8 +206,8 @@ async fn pick(
     let ready = query(text).bind(queue.id).bind(desk.now).bind(max);
     let ready = ready.fetch_one(&mut desk.connection).await?;
     let mut picked = list_of(ready.try_get(0)?)?;
-    let in_turn = ready.try_get(1)?;
-    if in_turn {
+    let fair = ready.try_get(1)?;
+    if fair {
         picked = pick_in_turn(desk, queue, max).await?;
     }
     let mut bytes = 0;
@@ -214,7 +217,7 @@ async fn pick(
     };
     let fitting = picked.iter().take_while(fits).count();
     picked.truncate(fitting.max(1));
-    if in_turn && let Some(last) = picked.last() {
+    if fair && let Some(last) = picked.last() {
         desk.last_lanes.insert(queue.id, last.lane);
     }
     Ok(picked)
@@ -459,7 +462,7 @@ async fn mark_unreadable(
     for (seq, why) in unreadable {
         tracing::error!(queue = %queue.name, seq, why, "set aside a message that cannot be read");
         desk.moved(queue.id, State::Leased, State::Dead);
-        desk.turns.ended(Some(queue), *seq, State::Dead);
+        desk.groups.ended(Some(queue), *seq, State::Dead);
         desk.word.unreadable.push(queue.name.clone());
     }
     Ok(())

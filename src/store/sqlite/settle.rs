@@ -7,7 +7,7 @@ use sqlx::{Row, query};
 
 use crate::model::{DELIVERIES_KEPT, DeliveryRecord, NewMessage, Settlement, State, Token};
 
-use super::super::{Enqueued, Error, Result, Settle, Settled, target_gone};
+use super::super::{Enqueued, Error, Result, Settle, Settled, not_sent, target_gone};
 use super::desk::{Desk, Held};
 use super::enqueue::Plan;
 use super::fault::of_one;
@@ -105,7 +105,7 @@ fn decide<'a>(
         desk.moved(message.queue_id, State::Leased, state);
         if message.group.is_some() && !state.lives() {
             let queue = desk.queues.numbered(message.queue_id).map(|queue| &**queue);
-            desk.turns.ended(queue, lease.seq, state);
+            desk.groups.ended(queue, lease.seq, state);
         }
     }
     Ok(Settled::Done { age: rows::since(message.enqueued_at, desk.now) })
@@ -114,13 +114,10 @@ fn decide<'a>(
 /// Takes in what a handler sent: all of it or nothing.
 fn send<'a>(desk: &mut Desk, plan: &mut Plan<'a>, sent: &'a [NewMessage]) -> Result<()> {
     let mark = plan.mark();
-    for message in sent {
+    for (place, message) in sent.iter().enumerate() {
         let why = match plan.take_in(desk, message) {
             Ok(Enqueued::New(_) | Enqueued::Duplicate(_)) => continue,
-            Ok(Enqueued::Refused(refusal)) => {
-                let what = format!("a message sent by a handler was refused: {refusal:?}");
-                Error::Refused { what }
-            }
+            Ok(Enqueued::Refused(refusal)) => Error::Rejected { what: not_sent(place, &refusal) },
             Err(error) => error,
         };
         plan.undo(desk, mark);

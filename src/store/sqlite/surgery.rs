@@ -74,7 +74,7 @@ async fn cancel(desk: &mut Desk, found: &Found) -> sqlx::Result<State> {
     let cancel = query(CANCEL).bind(found.seq).bind(desk.now);
     cancel.execute(&mut desk.connection).await?;
     if found.group.is_some() {
-        desk.turns.gone(&[found.seq]);
+        desk.groups.gone(&[found.seq]);
     }
     Ok(State::Cancelled)
 }
@@ -124,7 +124,7 @@ pub(super) async fn redrive(desk: &mut Desk, dead: &[i64]) -> sqlx::Result<Vec<M
         let (seq, queue_id): (i64, i64) = (row.try_get("seq")?, row.try_get("queue_id")?);
         let (group, is_behind): (Option<i64>, bool) = (row.try_get("grp")?, row.try_get("behind")?);
         desk.moved(queue_id, State::Dead, Count::of_ready(is_behind));
-        group.into_iter().for_each(|group| desk.turns.came(queue_id, group));
+        group.into_iter().for_each(|group| desk.groups.came(queue_id, group));
         redriven.push((seq, rows::shown_id(&row)));
     }
     redriven.sort_unstable_by_key(|(seq, _)| *seq);
@@ -204,7 +204,7 @@ pub(super) async fn delete(desk: &mut Desk, messages: &[i64]) -> sqlx::Result<()
     if messages.is_empty() {
         return Ok(());
     }
-    desk.turns.gone(messages);
+    desk.groups.gone(messages);
     let messages = rows::list(messages.iter().copied());
     for text in [DELETE_DELIVERIES, DELETE_CONTENTS, DELETE_MESSAGES] {
         query(text).bind(messages.clone()).execute(&mut desk.connection).await?;

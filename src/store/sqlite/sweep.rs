@@ -119,7 +119,7 @@ async fn expire(desk: &mut Desk, max: usize) -> sqlx::Result<(Vec<i64>, Vec<i64>
         };
         desk.moved(queue_id, before, state);
         if row.try_get::<Option<i64>, _>("grp")?.is_some() {
-            desk.turns.ended(queue.as_deref(), seq, state);
+            desk.groups.ended(queue.as_deref(), seq, state);
         }
         queues.push(queue_id);
     }

@@ -87,7 +87,7 @@ async fn take_back(desk: &mut Desk, leased: &[SqliteRow]) -> sqlx::Result<Vec<Re
         reaped.push(Reaped { id: rows::shown_id(row), queue: queue.name.clone(), state });
         desk.moved(queue.id, State::Leased, state);
         if state == State::Dead && row.try_get::<Option<i64>, _>("grp")?.is_some() {
-            desk.turns.ended(Some(&queue), seq, state);
+            desk.groups.ended(Some(&queue), seq, state);
         }
         desk.leases.remove(&seq);
     }

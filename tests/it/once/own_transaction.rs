@@ -2,13 +2,15 @@
 
 use std::time::{Duration, Instant};
 
+use futures::future::join_all;
 use pumphouse::model::{Details, Idempotency, NewMessage, QueueName, When};
 use pumphouse::store::{Enqueued, Postgres};
 use serde_json::json;
-use sqlx::{AssertSqlSafe, Connection, PgConnection, Row, query, query_scalar};
+use sqlx::{AssertSqlSafe, Connection, PgConnection, query, query_scalar};
 
 use crate::support::client::{ask, number, text};
 use crate::support::process::Database;
+use crate::support::receiver::Reply;
 use crate::support::scene::Scene;
 use crate::support::{eventually, pass, say};
 
@@ -186,7 +188,6 @@ async fn a_role_that_may_send_may_do_nothing_else() {
         "select * from pumphouse.message",
         "delete from pumphouse.ready",
         "select pumphouse.take_one('q', null, '', null, null, '{}', 0, null, null, null, 0::smallint, null, null, '{}', '{}', '{}')",
-        "select pumphouse.check_key('a', 'b')",
     ] {
         let error = run(&mut mine, statement).await.expect_err(statement).to_string();
         assert!(error.contains("permission denied"), "{statement}: {error}");
@@ -221,8 +222,10 @@ async fn a_program_with_the_library_sends_in_its_own_transaction() {
     let nowhere = NewMessage::new(QueueName::parse("nowhere").unwrap(), "x");
     let error = Postgres::enqueue_in(&mut mine, &nowhere).await.expect_err("no such queue");
     assert!(error.to_string().contains("nowhere"), "{error}");
-    let left = "select count(*) as n from pumphouse.message where queue_id = 0";
-    assert_eq!(query(left).fetch_one(&mut mine).await.unwrap().get::<i64, _>("n"), 0);
+    let wrong = NewMessage { deliver: When::In(Duration::from_secs(1)), ..message("3") };
+    let error = Postgres::enqueue_in(&mut mine, &wrong).await.expect_err("a group with a delay");
+    assert!(error.to_string().contains("/group"), "{error}");
+    assert_eq!(scene.client.all("/v1/messages").await.len(), 2, "nothing else was kept");
 }
 
 /// Two with the same key: the second waits for the first, and is told of its message.
@@ -230,23 +233,59 @@ async fn a_program_with_the_library_sends_in_its_own_transaction() {
 async fn who_sends_with_a_key_that_is_in_use_waits_for_it() {
     let (scene, mut mine) = house().await;
     let mut other = PgConnection::connect(&scene.database.url()).await.unwrap();
-    let send = "select pumphouse.send('q', '1', idempotency_key => 'k')::text";
     for end in ["rollback", "commit"] {
+        let send = "select pumphouse.send('q', '1', idempotency_key => $1)::text";
         run(&mut mine, "begin").await.unwrap();
-        let first: String = query_scalar(send).fetch_one(&mut mine).await.unwrap();
-        let second = query_scalar::<_, String>(send).fetch_one(&mut other);
+        let first = query_scalar::<_, String>(send).bind(end).fetch_one(&mut mine).await.unwrap();
+        let second = query_scalar::<_, String>(send).bind(end).fetch_one(&mut other);
         let ends = async {
             pass(Duration::from_millis(200)).await;
             run(&mut mine, end).await.unwrap();
         };
         let (second, ()) = tokio::join!(second, ends);
-        if end == "commit" {
-            // That of the other one, which was committed when the first try was rolled back.
-            let all = scene.client.all("/v1/messages?queue=q").await;
-            assert_eq!(all.len(), 1, "{all:?}");
-            assert_eq!(text(&all[0], "/id"), second.unwrap());
-        } else {
-            assert_ne!(first, second.unwrap());
-        }
+        assert_eq!(first == second.unwrap(), end == "commit", "{end}");
     }
+    assert_eq!(scene.client.all("/v1/messages?queue=q").await.len(), 2);
+}
+
+/// Who sends with such a key over HTTP is told so after a while, and nobody else waits for that.
+#[tokio::test]
+async fn a_key_that_is_in_use_holds_up_its_sender_alone() {
+    let (scene, mut mine) = house().await;
+    scene.queue("sends").await;
+    run(&mut mine, "begin").await.unwrap();
+    run(&mut mine, "select pumphouse.send('q', '1', unique_while_pending => 'k')").await.unwrap();
+    let held_up = |_| {
+        let request = scene.client.message_to("q", "x");
+        ask(request.header("Pumphouse-Unique-While-Pending", "k"))
+    };
+    // One of them is a handler's answer.
+    let sends = json!({"messages": [{"queue": "q", "payload": 1, "unique_while_pending": "k"}]});
+    let sends = Reply::new(200)
+        .header("content-type", "application/vnd.pumphouse.messages+json")
+        .body(sends.to_string());
+    scene.receiver.set("/sends", sends.into());
+    let asked = scene.client.send("sends", "x").await;
+    let others = async {
+        let mut slowest = Duration::ZERO;
+        for _ in 0..40 {
+            let began = Instant::now();
+            let id = scene.client.send("q", "of somebody else").await;
+            eventually("it is done", async || scene.client.state(&id).await == "completed").await;
+            slowest = slowest.max(began.elapsed());
+        }
+        slowest
+    };
+    let (held_up, slowest) = tokio::join!(join_all((0..3).map(held_up)), others);
+    for answer in held_up {
+        answer.expect_problem(409, "idempotency-key-in-use");
+    }
+    say!("the slowest of the others took {slowest:?}");
+    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
+    run(&mut mine, "rollback").await.unwrap();
+    eventually("it is settled", async || scene.client.state(&asked).await == "completed").await;
+    eventually("it is sent", async || {
+        scene.client.all("/v1/messages?queue=q&state=completed").await.len() == 41
+    })
+    .await;
 }

@@ -1,6 +1,5 @@
 //! Are the examples in the docs true? Each is taken from its page as it stands there, and run.
 
-use std::io::Write;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -70,6 +69,7 @@ struct House {
     scene: Scene,
     port: u16,
     _handler: Child,
+    _folder: tempfile::TempDir,
 }
 
 impl House {
@@ -81,16 +81,16 @@ impl House {
         let script = blocks(PAGE).into_iter().find(|block| block.language == "python");
         let script =
             script.expect("the page has a handler").text.replace("9000", &port.to_string());
-        let mut file = tempfile::NamedTempFile::new().expect("a file can be made");
-        file.write_all(script.as_bytes()).expect("a file can be written");
-        let (_, path) = file.keep().expect("it stays");
+        let folder = tempfile::tempdir().expect("a folder can be made");
+        let path = folder.path().join("handler.py");
+        std::fs::write(&path, script).expect("a file can be written");
         let handler = Command::new("python3").arg(path).kill_on_drop(true).spawn();
         let handler = handler.expect("there is a python3");
         eventually("the handler listens", async || {
             tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok()
         })
         .await;
-        Self { scene, port, _handler: handler }
+        Self { scene, port, _handler: handler, _folder: folder }
     }
 
     /// What is written for the page's addresses, with those of this house.

@@ -286,6 +286,23 @@ pub(crate) async fn those_who_wait_in_a_group_are_counted(stage: Stage) {
     assert_eq!((depth.ready, depth.leased), (2, 0));
 }
 
+pub(crate) async fn what_was_purged_is_in_nobodys_way(stage: Stage) {
+    let queue = stage.queue("letters").await;
+    // Sent one by one: on Postgres each leaves a token.
+    for n in 0..300 {
+        stage.send(grouped(&queue, &format!("g{}", n % 3), "x")).await;
+    }
+    while stage.store.purge(&queue, ALL).await.unwrap() > 0 {}
+    stage.send_to(&queue, "of no group").await;
+    stage.send(grouped(&queue, "g0", "of a group")).await;
+    let claimed = stage.claim(&queue, 2).await;
+    let more = stage.claim(&queue, 2).await;
+    let mut bodies = [bodies_of(&claimed), bodies_of(&more)].concat();
+    bodies.sort();
+    assert_eq!(bodies, ["of a group", "of no group"]);
+    assert_eq!(stage.depth(&queue).await.ready, 0);
+}
+
 pub(crate) async fn a_queue_that_is_deleted_takes_its_groups_with_it(stage: Stage) {
     let (queue, _) = line(&stage, &["1", "2"]).await;
     let refused = stage.store.delete_queue(&queue, false, Precondition::None).await.unwrap();

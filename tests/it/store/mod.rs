@@ -210,6 +210,7 @@ macro_rules! conformance {
             what_a_handler_sends_to_its_own_group_comes_after_it,
             a_group_with_one_that_cannot_be_handled_forever_is_found_by_its_name,
             those_who_wait_in_a_group_are_counted,
+            what_was_purged_is_in_nobodys_way,
             a_queue_that_is_deleted_takes_its_groups_with_it,
         );
         keeps!($stage; fairness:

@@ -182,7 +182,7 @@ fn check_depth(depth: &Depth, messages: &[Record]) {
 fn words<T: Debug>(result: Result<T, Error>) -> String {
     match result {
         Ok(value) => format!("{value:?}"),
-        Err(Error::Refused { .. }) => "refused".to_owned(),
+        Err(Error::Rejected { .. }) => "rejected".to_owned(),
         Err(error) => panic!("a healthy store failed: {error:?}"),
     }
 }

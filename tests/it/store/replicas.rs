@@ -2,8 +2,11 @@
 
 use std::collections::HashSet;
 
-use pumphouse::model::{Idempotency, NewMessage, QueueName, ReplicaName, Settlement, State};
+use pumphouse::model::{
+    Details, Idempotency, NewMessage, QueueName, ReplicaName, Settlement, State,
+};
 use pumphouse::store::{Attendance, Attended, Claim, EnqueueOutcome, Enqueued, Settled, Want};
+use sqlx::{Connection, PgConnection};
 
 use crate::support::postgres::fresh_database;
 use crate::support::stage::{LONG, SHORT, Stage, claim, message, together};
@@ -45,6 +48,30 @@ async fn attend(stage: &Stage, attendance: Attendance) -> Attended {
 
 fn claim_by(name: &str, queue: &QueueName) -> Claim {
     Claim { replica: replica(name), ..claim(queue, 1, LONG) }
+}
+
+/// Of messages that take turns a claim takes those of the highest priority. What if another replica is just taking all
+/// of them?
+#[tokio::test]
+async fn what_another_replica_has_in_hand_hides_nothing_that_takes_turns() {
+    let url = fresh_database().await;
+    let stage = on_postgres(&url).await;
+    let queue = stage.queue("letters").await;
+    let of = |key: &str| Details { fairness_key: Some(key.to_owned()), ..Details::default() };
+    for key in ["a", "a", "b"] {
+        stage.send(NewMessage { details: of(key), ..message(&queue, key) }).await;
+    }
+    assert_eq!(stage.claim(&queue, 1).await.len(), 1, "from here on it knows that they take turns");
+    let first = NewMessage { priority: 5, details: of("b"), ..message(&queue, "first") };
+    stage.send(first).await;
+    let mut other = PgConnection::connect(&url).await.unwrap();
+    let take = "begin; select from pumphouse.ready where rank = -5 for update";
+    sqlx::raw_sql(take).execute(&mut other).await.unwrap();
+    let leased = stage.claim(&queue, 5).await;
+    assert_eq!(leased.len(), 2);
+    assert!(leased.iter().all(|leased| leased.message.head.priority == 0));
+    sqlx::raw_sql("rollback").execute(&mut other).await.unwrap();
+    assert_eq!(stage.claim(&queue, 5).await.len(), 1);
 }
 
 #[tokio::test]
