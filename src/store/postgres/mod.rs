@@ -15,6 +15,7 @@ mod news;
 mod open;
 mod enqueue;
 mod facts;
+mod claims;
 mod lease;
 mod settle;
 mod upkeep;
@@ -135,6 +136,7 @@ impl Postgres {
             enqueue::STATEMENTS,
             at_once::STATEMENTS,
             facts::STATEMENTS,
+            claims::STATEMENTS,
             lease::STATEMENTS,
             settle::STATEMENTS,
             upkeep::STATEMENTS,

@@ -149,7 +149,7 @@ fn take_all_in<'a>(
         }
         refused
     };
-    calls.iter().enumerate().map(|call| take_in(call)).collect()
+    calls.iter().enumerate().map(&mut take_in).collect()
 }
 
 /// Gives back what was leased for somebody who does not want it any more; says what there is to tell.

@@ -351,7 +351,7 @@ pub(crate) async fn an_ack_that_sends_to_an_unknown_queue_changes_nothing(stage:
     let before = stage.look(id).await;
     let sent = vec![message(&other, "fine"), message(&queue_name("nowhere"), "not fine")];
     let refused = stage.store.settle(settle(&leased, Settlement::Ack, sent)).await;
-    assert!(matches!(refused, Err(Error::Refused { .. })), "{refused:?}");
+    assert!(matches!(refused, Err(Error::Rejected { .. })), "{refused:?}");
     assert_eq!(stage.look(id).await, before);
     assert_eq!(stage.bodies(&other).await, [""; 0]);
     // The lease still holds, so that the handler's work need not be repeated.
