@@ -883,7 +883,7 @@ create function send(
         )
     $$;
 
--- Applications send as a role of their own, which can do nothing else. Where the owner of the schema may make no
+-- Applications send as a role of their own, which sees no table. Where the owner of the schema may make no
 -- roles, an operator grants the same to whom it concerns.
 do $$
 declare

@@ -128,9 +128,16 @@ where
         async move {
             match service.oneshot(delivery).await {
                 Ok(answer) => {
-                    let sent =
-                        outbox.take().map_err(|what| Failure::new(ErrorKind::Malformed, what))?;
-                    Ok(Answer { sent, ..Answer::from(answer.into_verdict()) })
+                    let verdict = answer.into_verdict();
+                    let malformed = |what| Failure::new(ErrorKind::Malformed, what);
+                    // Nothing is sent without an ack.
+                    let sent = match &verdict {
+                        Verdict::Ack => outbox.take().map_err(malformed)?,
+                        Verdict::Retry { .. }
+                        | Verdict::DeadLetter { .. }
+                        | Verdict::Discard { .. } => Vec::new(),
+                    };
+                    Ok(Answer { sent, ..Answer::from(verdict) })
                 }
                 Err(error) => Err(Failure::new(ErrorKind::Handler, chain(&*error.into()))),
             }

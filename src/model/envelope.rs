@@ -164,6 +164,15 @@ impl Form {
                 wrong.push(Invalid::new(self.name(option), detail));
             }
         }
+        if !(PRIORITY_MIN..=PRIORITY_MAX).contains(&message.priority) {
+            let detail = "a priority is a whole number from -100 to 100";
+            wrong.push(Invalid::new(self.name("priority"), detail));
+        }
+        for (option, when) in [("delay", Some(message.deliver)), ("expires_in", message.expires)] {
+            if matches!(when, Some(When::In(span)) if span > DELAY_MAX) {
+                wrong.push(Invalid::new(self.name(option), "at most 366d"));
+            }
+        }
         if details.group.is_some() {
             // Whoever comes later could not come before, however urgent: the group would wait for it.
             if message.deliver != When::Now {

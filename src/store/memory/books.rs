@@ -31,6 +31,8 @@ pub(super) struct Books {
     leased: BTreeSet<(Timestamp, i64)>,
     pub(super) queues: BTreeMap<QueueName, Queue>,
     pub(super) keys: HashMap<(QueueName, [u8; 16]), Key>,
+    /// Keys that no longer counted and were replaced in this transaction, in case it is undone.
+    pub(super) replaced: Vec<((QueueName, [u8; 16]), Key)>,
     pub(super) pump: PumpRecord,
     pub(super) revision: i64,
     groups: HashMap<GroupName, Group>,
@@ -126,6 +128,7 @@ impl Default for Books {
             leased: BTreeSet::new(),
             queues: BTreeMap::new(),
             keys: HashMap::new(),
+            replaced: Vec::new(),
             pump: PumpRecord { state: RunState::Running, ceiling: CEILING_DEFAULT },
             revision: 1,
             groups: HashMap::new(),
@@ -238,6 +241,7 @@ impl Books {
             }
         }
         self.touched.clear();
+        self.replaced.clear();
     }
 
     /// Says that a queue or the pump was changed.

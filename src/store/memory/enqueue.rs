@@ -62,6 +62,7 @@ impl Books {
             self.remove(seq);
         }
         self.keys.retain(|_, key| key.answer.as_ref().is_none_or(|(seq, _)| *seq < first_seq));
+        self.keys.extend(self.replaced.drain(..).rev());
         self.untell();
     }
 
@@ -93,7 +94,11 @@ impl Books {
     ) {
         let window = self.queues[&queue].settings.dedup_window;
         let until = (key.lasts == Lasts::Window).then(|| after(now, window));
-        self.keys.insert((queue, key.key), Key { fingerprint: key.fingerprint, until, answer });
+        let name = (queue, key.key);
+        let new = Key { fingerprint: key.fingerprint, until, answer };
+        if let Some(old) = self.keys.insert(name.clone(), new) {
+            self.replaced.push((name, old));
+        }
     }
 
     /// Whether a key is in its window, or its message still needs it.

@@ -108,6 +108,7 @@ select array(
             where seq = any(array(select seq from won))
         ))
     ) as dropped,
+    (select count(*) from taken) as taken,
     (select lane from sized where bytes <= $7 or place = 1 order by place desc limit 1) as last_lane,
     exists (
         select 1

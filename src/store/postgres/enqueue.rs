@@ -27,6 +27,10 @@ impl Batch for Enqueues {
     type Answer = EnqueueOutcome;
     const NAME: &'static str = "enqueue";
 
+    fn has_keys(call: &Enqueue) -> bool {
+        call.batch.is_some() || call.messages.iter().any(|message| !message.keys.is_empty())
+    }
+
     fn weight(call: &Enqueue) -> usize {
         call.messages.iter().map(|message| message.body.len() + ROW_WEIGHT).sum()
     }
@@ -145,8 +149,8 @@ pub(super) struct Written {
     pub(super) handed: Vec<(Place, Leased)>,
 }
 
-/// A place in a plan to which it can be undone; by default its beginning.
-#[derive(Debug, Clone, Copy, Default)]
+/// A place in a plan to which it can be undone.
+#[derive(Debug, Clone, Copy)]
 pub(super) struct Mark {
     rows: usize,
     keys: usize,

@@ -15,6 +15,7 @@ use crate::model::{Idempotency, Lasts, MessageId, NewMessage, QueueName, State};
 use super::super::Receipt;
 use super::super::columns::WHILE_PENDING;
 use super::fault::{Trouble, unreadable};
+use super::open::LOCK_TIMEOUT;
 use super::rows;
 
 /// How careful to be with messages that are sent again under the same name.
@@ -39,8 +40,8 @@ impl Patience {
     /// As the database takes it.
     fn lock_timeout(self) -> &'static str {
         match self {
-            Self::Short => "50ms",
-            Self::Long => "3s",
+            Self::Short => "250ms",
+            Self::Long => LOCK_TIMEOUT,
         }
     }
 }
@@ -188,7 +189,7 @@ select queue_id, key
 from put_down
 union all
 select null, null
-where set_config('lock_timeout', '3s', true) is null";
+where set_config('lock_timeout', $10, true) is null";
 
 // Lives on: see `named_keys`.
 const KNOWN_KEYS: &str = concat!("select known.* ", named_keys!());
@@ -450,6 +451,7 @@ async fn put_keys_down(
         .bind(keys.values().map(|key| key.deliver_at).collect::<Vec<_>>())
         .bind(keys.values().map(|key| key.expires_at).collect::<Vec<_>>())
         .bind(keys.values().map(|key| key.sweep_at).collect::<Vec<_>>())
+        .bind(LOCK_TIMEOUT)
         .fetch_all(connection)
         .await?;
     rows.iter().map(key_name).collect()

@@ -105,12 +105,14 @@ dirty as (
 empty as (
     select grp
     from (select distinct grp from held) as met
-    where not exists (
-        select 1
-        from behind
-        where behind.queue_id = (select id from queue where name = $1)
-            and behind.grp = met.grp
-    )
+    where (
+            select behind.seq
+            from behind
+            where behind.queue_id = (select id from queue where name = $1)
+                and behind.grp = met.grp
+            order by behind.queue_id, behind.grp, behind.seq
+            limit 1
+        ) is null
 )
 delete from ready
 where ctid = any(array(

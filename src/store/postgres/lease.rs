@@ -81,12 +81,14 @@ async fn claim_and_bury(
     all: &mut Vec<Leased>,
 ) -> Result<More> {
     let queue = claim.queue.clone();
-    let Claimed { leased, unreadable, dropped, .. } = claim_once(store, claim, way).await?;
+    let asked = claim.max as i64;
+    let Claimed { leased, unreadable, dropped, taken, .. } = claim_once(store, claim, way).await?;
     all.extend(leased);
     if !dropped.is_empty() {
         clear_the_way(store, &queue, dropped).await?;
-        // Who holds something does not look for more behind what may be thousands of tokens.
-        if unreadable.is_empty() && !all.is_empty() {
+        // Who holds something does not look for more behind what may be thousands of tokens, and nobody does where there
+        // were no more.
+        if unreadable.is_empty() && (!all.is_empty() || taken < asked) {
             return Ok(More::No);
         }
     } else if unreadable.is_empty() {
@@ -116,6 +118,8 @@ struct Claimed {
     unreadable: Vec<(Lease, String)>,
     /// Groups of which tokens were taken, and that have nothing to lease now.
     dropped: Vec<i64>,
+    /// How many tokens were taken in all.
+    taken: i64,
     /// Whether messages of the queue take turns.
     fair: bool,
     /// Where this claim ended, if it took anything.
@@ -227,6 +231,7 @@ fn read(rows: Vec<PgRow>, queue: &QueueName, until: Instant) -> Result<Claimed, 
     let mut claimed = Claimed::default();
     if let Some(first) = rows.first() {
         claimed.dropped = first.try_get("dropped")?;
+        claimed.taken = first.try_get("taken")?;
         claimed.fair = first.try_get("fair")?;
         claimed.last_lane = first.try_get("last_lane")?;
     }

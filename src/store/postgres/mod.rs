@@ -18,6 +18,7 @@ mod facts;
 mod claims;
 mod lease;
 mod settle;
+mod sent;
 mod upkeep;
 mod sweep;
 mod at_once;
@@ -139,6 +140,7 @@ impl Postgres {
             claims::STATEMENTS,
             lease::STATEMENTS,
             settle::STATEMENTS,
+            sent::STATEMENTS,
             upkeep::STATEMENTS,
             sweep::STATEMENTS,
             attend::STATEMENTS,

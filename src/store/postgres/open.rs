@@ -86,6 +86,9 @@ pub(super) async fn prepare(url: &str) -> Result<Options> {
     Ok(server.options(options))
 }
 
+/// How long a statement waits for a lock.
+pub(super) const LOCK_TIMEOUT: &str = "3s";
+
 /// What a server says of itself.
 #[derive(Debug)]
 struct Server {
@@ -123,7 +126,7 @@ impl Server {
     fn options(&self, options: PgConnectOptions) -> Options {
         let options = options.options([
             ("statement_timeout", "30s"),
-            ("lock_timeout", "3s"),
+            ("lock_timeout", LOCK_TIMEOUT),
             ("idle_in_transaction_session_timeout", "30s"),
         ]);
         let options = options.options(PLANNING.iter().copied());

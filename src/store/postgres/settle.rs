@@ -9,19 +9,19 @@ use std::collections::BTreeMap;
 
 use futures::future::BoxFuture;
 use sqlx::postgres::PgRow;
-use sqlx::{Connection, PgConnection, Row, query};
+use sqlx::{PgConnection, Row, query};
 
 use crate::model::{
     DELIVERIES_KEPT, DeliveryRecord, Lease, NewMessage, QueueName, Settlement, State,
 };
 
-use super::super::{Enqueued, Settle, Settled, not_sent, target_gone};
-use super::enqueue::{Mark, Plan};
-use super::facts::{Care, Facts, Patience, lock_names};
+use super::super::{Settle, Settled, target_gone};
+use super::facts::{Care, Patience};
 use super::fault::Trouble;
 use super::groups::{blocks, free_groups, line_up};
 use super::news::Word;
 use super::rows;
+use super::sent::settle_and_send;
 use super::writer::{Batch, Committed, Done, Pumps};
 
 /// Calls to [`Store::settle`](super::super::Store::settle), many in one transaction.
@@ -31,6 +31,10 @@ impl Batch for Settles {
     type Call = Settle;
     type Answer = Answer;
     const NAME: &'static str = "settle";
+
+    fn has_keys(call: &Settle) -> bool {
+        sent(call).iter().any(|message| !message.keys.is_empty())
+    }
 
     fn weight(call: &Settle) -> usize {
         let sent = call.sent.iter().map(|message| message.body.len() + ROW_WEIGHT);
@@ -66,90 +70,22 @@ impl Batch for Settles {
 pub(super) type Answer = std::result::Result<Settled, Refused>;
 
 /// Which message was refused, and why.
-type Refused = String;
+pub(super) type Refused = String;
 
 /// What a settlement weighs without what is sent along.
 const ROW_WEIGHT: usize = 500;
 
 /// What leaves together with this settlement.
-fn sent(call: &Settle) -> &[NewMessage] {
+pub(super) fn sent(call: &Settle) -> &[NewMessage] {
     if call.settlement == Settlement::Ack { &call.sent } else { &[] }
 }
 
 /// Where this settlement moves its message.
-fn target(call: &Settle) -> Option<&QueueName> {
+pub(super) fn target(call: &Settle) -> Option<&QueueName> {
     match &call.settlement {
         Settlement::Move { to_queue, .. } => Some(to_queue),
         _ => None,
     }
-}
-
-async fn settle_and_send(
-    connection: &mut PgConnection,
-    calls: &[&Settle],
-    pumps: &Pumps,
-    care: (Care, Patience),
-) -> Committed<Answer> {
-    let mut transaction = connection.begin().await.map_err(Trouble::unbegun)?;
-    // Before anything else, so that no queue is deleted while messages come to it.
-    lock_names(&mut transaction, calls.iter().filter_map(|call| target(call))).await?;
-    let all_sent = calls.iter().flat_map(|call| sent(call)).collect::<Vec<_>>();
-    let facts = match all_sent.is_empty() {
-        true => None,
-        false => Some(Facts::find(&mut transaction, &all_sent, &[], care).await?),
-    };
-    let mut plan = facts.map(|facts| Plan::new(facts, pumps));
-    // What cannot be sent is found out before anything is written, so that it fails for its own handler alone.
-    let refused = take_all_in(plan.as_mut(), calls, |_| true);
-    let kept = calls.iter().zip(&refused).filter(|(_, refused)| refused.is_none());
-    let kept = kept.map(|(call, _)| *call).collect::<Vec<_>>();
-    let (settled, mut word) = write(&mut transaction, &kept, &rounds(&kept)).await?;
-    let mut settled = settled.into_iter();
-    let answers = refused.into_iter().map(|refused| match refused {
-        Some(what) => Err(what),
-        None => Ok(settled.next().expect("each call that was kept is answered")),
-    });
-    let answers = answers.collect::<Vec<Answer>>();
-    if answers.contains(&Ok(Settled::LeaseLost)) {
-        let is_held = |at: usize| matches!(answers[at], Ok(Settled::Done { .. }));
-        take_all_in(plan.as_mut(), calls, is_held);
-    }
-    let mut handed = Vec::new();
-    if let Some(plan) = plan {
-        let written = plan.write(&mut transaction).await?;
-        word.add(written.word);
-        handed = written.handed;
-    }
-    transaction.commit().await?;
-    Ok(Done { answers, word, handed })
-}
-
-/// Plans to take in what was sent with those of these calls of which this says so, from the beginning; says of each what
-/// was refused, if anything was: then nothing of that call is planned.
-fn take_all_in<'a>(
-    plan: Option<&mut Plan<'a>>,
-    calls: &[&'a Settle],
-    wanted: impl Fn(usize) -> bool,
-) -> Vec<Option<Refused>> {
-    let Some(plan) = plan else { return vec![None; calls.len()] };
-    plan.undo(Mark::default());
-    let mut places = 0..;
-    let mut take_in = |(at, call): (usize, &&'a Settle)| {
-        let mark = plan.mark();
-        let mut refused = None;
-        for (number, message) in sent(call).iter().enumerate() {
-            let place = places.next().expect("there is no last number");
-            if refused.is_some() || !wanted(at) {
-                continue;
-            }
-            if let Enqueued::Refused(refusal) = plan.take_in(message, place) {
-                plan.undo(mark);
-                refused = Some(not_sent(number, &refusal));
-            }
-        }
-        refused
-    };
-    calls.iter().enumerate().map(&mut take_in).collect()
 }
 
 /// Gives back what was leased for somebody who does not want it any more; says what there is to tell.
@@ -422,7 +358,7 @@ const OTHERS_MAX: usize = 100;
 /// order of the messages' numbers, so that two statements never wait for each other (two transactions of
 /// several might, about the same leases; then one of them is tried again); and of several settlements with
 /// one token the first, because only one can be written.
-fn rounds(calls: &[&Settle]) -> Vec<Vec<usize>> {
+pub(super) fn rounds(calls: &[&Settle]) -> Vec<Vec<usize>> {
     let (mut acks, mut others) = (BTreeMap::<i64, usize>::new(), BTreeMap::new());
     let mut again = Vec::new();
     for (place, call) in calls.iter().enumerate() {
@@ -444,7 +380,7 @@ fn rounds(calls: &[&Settle]) -> Vec<Vec<usize>> {
 }
 
 /// Settles, a statement for each round, and says what there is to tell.
-async fn write(
+pub(super) async fn write(
     connection: &mut PgConnection,
     calls: &[&Settle],
     rounds: &[Vec<usize>],

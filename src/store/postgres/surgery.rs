@@ -127,7 +127,7 @@ moved as (
 ),
 first as (
     select head.seq
-    from moved
+    from (select * from moved where grp is not null order by grp) as moved
     cross join lateral (
         select seq
         from head
@@ -296,6 +296,30 @@ select count(*)
 from gone"
 );
 
+// Lives on: ready_tokens and the primary key of behind. Tokens of groups in which nobody waits any more.
+const PURGE_TOKENS: &str = "\
+with held as (
+    select ready.ctid as tid, ready.queue_id, ready.grp
+    from ready
+    where ready.queue_id = (select id from queue where name = $1)
+        and ready.grp is not null
+    limit $2
+    for update skip locked
+)
+delete from ready
+where ctid = any(array(
+    select held.tid
+    from held
+    where (
+            select behind.seq
+            from behind
+            where behind.queue_id = held.queue_id
+                and behind.grp = held.grp
+            order by behind.queue_id, behind.grp, behind.seq
+            limit 1
+        ) is null
+))";
+
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] = &[
     RECORD,
@@ -311,6 +335,7 @@ pub(super) const STATEMENTS: &[&str] = &[
     PURGE_READY,
     PURGE_SCHEDULED,
     PURGE_BEHIND,
+    PURGE_TOKENS,
 ];
 
 /// How often to look again for a message that moves from place to place while we reach for it.
@@ -489,6 +514,7 @@ pub(super) async fn purge(store: &Postgres, queue: &QueueName, max: usize) -> Re
                 for statement in [PURGE_SCHEDULED, PURGE_BEHIND] {
                     purged += purge_some(connection, statement, &queue, max - purged).await?;
                 }
+                query(PURGE_TOKENS).bind(queue.as_str()).bind(max).execute(connection).await?;
                 Ok(purged as u64)
             })
         })

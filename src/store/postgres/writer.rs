@@ -7,12 +7,13 @@
 use std::collections::HashSet;
 use std::fmt;
 use std::sync::{Arc, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use futures::future::BoxFuture;
 use sqlx::PgConnection;
 use sqlx::postgres::PgConnectOptions;
 use tokio::sync::{Mutex, Semaphore, mpsc, oneshot};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -37,6 +38,8 @@ const WEIGHT_MAX: usize = 4 << 20;
 const TRIES: u32 = 4;
 /// How many calls of a writer may wait at once for somebody who uses their keys; each has a connection.
 const PATIENT_MAX: usize = 4;
+/// How long a call waits to be one of them.
+const PLACE_MAX: Duration = Duration::from_secs(10);
 
 /// A kind of call, and how many of them are done in one transaction.
 pub(super) trait Batch: Send + Sync + 'static {
@@ -46,6 +49,9 @@ pub(super) trait Batch: Send + Sync + 'static {
     type Answer: Send + 'static;
     /// The kind's name, as the metrics say it.
     const NAME: &'static str;
+
+    /// Whether a call brings idempotency keys along, which somebody else may be using.
+    fn has_keys(call: &Self::Call) -> bool;
 
     /// About how many bytes a call brings along.
     fn weight(call: &Self::Call) -> usize;
@@ -207,6 +213,9 @@ impl<B: Batch> Clerk<B> {
             batch.into_iter().for_each(|waiting| waiting.answer(Err(fault(error))));
             return;
         }
+        if matches!(trouble, Trouble::KeyInUse) {
+            return self.set_those_with_keys_aside(batch).await;
+        }
         let alone = batch.len() == 1;
         let mut known = alone.then_some(trouble);
         for waiting in batch {
@@ -229,11 +238,19 @@ impl<B: Batch> Clerk<B> {
         }
     }
 
+    /// Does those of a batch that have no keys together, and lets the others wait for whoever uses theirs.
+    async fn set_those_with_keys_aside(&mut self, batch: Vec<Waiting<B>>) {
+        let (with, without): (Vec<_>, Vec<_>) =
+            batch.into_iter().partition(|waiting| B::has_keys(&waiting.call));
+        with.into_iter().for_each(|waiting| self.wait_beside_the_line(waiting));
+        if !without.is_empty() {
+            Box::pin(self.settle(without)).await;
+        }
+    }
+
     /// Lets a call wait for whoever uses its key, on a connection of its own: nobody else is to wait for that.
     fn wait_beside_the_line(&self, waiting: Waiting<B>) {
-        let Ok(place) = Arc::clone(&self.patient).try_acquire_owned() else {
-            return waiting.answer(Err(Error::KeyInUse));
-        };
+        let patient = Arc::clone(&self.patient);
         let mut clerk = Self {
             waiting: Arc::clone(&self.waiting),
             line: Line::new(self.options.clone(), &self.pumps.breaks),
@@ -245,6 +262,9 @@ impl<B: Batch> Clerk<B> {
             stop: self.stop.clone(),
         };
         self.tasks.spawn(async move {
+            let Ok(Ok(_place)) = timeout(PLACE_MAX, patient.acquire_owned()).await else {
+                return waiting.answer(Err(Error::KeyInUse));
+            };
             match clerk.commit(&[&waiting.call], Patience::Long).await {
                 Ok((mut answers, left)) => {
                     waiting.answer(Ok(answers.pop().expect("each call is answered")));
@@ -253,7 +273,6 @@ impl<B: Batch> Clerk<B> {
                 Err(trouble) => waiting.answer(Err(Error::from(trouble))),
             }
             clerk.line.close().await;
-            drop(place);
         });
     }
 

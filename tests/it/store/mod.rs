@@ -131,6 +131,7 @@ macro_rules! conformance {
             a_second_settlement_changes_nothing,
             settlements_of_all_kinds_at_once_are_each_done,
             an_old_token_changes_nothing_and_sends_nothing,
+            a_lease_that_is_lost_is_lost_whatever_was_to_be_sent,
             a_forged_token_changes_nothing,
             a_lease_that_has_run_out_settles_nothing,
             of_many_settlements_at_the_same_time_one_is_written,

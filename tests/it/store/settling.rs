@@ -243,6 +243,20 @@ pub(crate) async fn a_second_settlement_changes_nothing(stage: Stage) {
     assert_eq!(stage.look(id).await, before);
 }
 
+pub(crate) async fn a_lease_that_is_lost_is_lost_whatever_was_to_be_sent(stage: Stage) {
+    let queue = stage.queue("letters").await;
+    stage.send_to(&queue, "x").await;
+    let lost = stage.lose_a_lease(&queue).await;
+    let nowhere = || vec![message(&queue_name("nowhere"), "y")];
+    let settled = stage.settle_and_send(&lost, Settlement::Ack, nowhere()).await;
+    assert_eq!(settled, Settled::LeaseLost);
+    stage.store.reap(ALL).await.unwrap();
+    let leased = stage.claim_one(&queue).await;
+    stage.must_settle(&leased, Settlement::Ack).await;
+    let settled = stage.settle_and_send(&leased, Settlement::Ack, nowhere()).await;
+    assert_eq!(settled, Settled::LeaseLost, "a second time");
+}
+
 pub(crate) async fn an_old_token_changes_nothing_and_sends_nothing(stage: Stage) {
     let queue = stage.queue("letters").await;
     let other = stage.queue("parcels").await;
