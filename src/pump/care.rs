@@ -81,6 +81,34 @@ impl QueuePump {
         self.care.enter(company, Instant::now())
     }
 
+    /// Of those of one claim that have met crashes, keeps as many as bear each other's company, and gives the others back
+    /// before any is started: whoever is only held while another one kills the process would meet a crash as well.
+    pub(super) async fn sort_out(
+        self: &Arc<Self>,
+        leased: Vec<Leased>,
+        round: &Arc<Round>,
+    ) -> Vec<Leased> {
+        let crashes_max = self.setup().settings.recovery.max_crashes;
+        let (mut together, mut least) = (0, usize::MAX);
+        let bears = |leased: &Leased| {
+            let company = match round.mode {
+                Mode::All => policy::company(leased.tries.crashes, crashes_max),
+                Mode::UrgentOnly => None,
+            };
+            let Some(company) = company else { return true };
+            if together >= least.min(company) {
+                return false;
+            }
+            least = least.min(company);
+            together += 1;
+            true
+        };
+        let (start, wait): (Vec<_>, Vec<_>) = leased.into_iter().partition(bears);
+        let wait = wait.into_iter().map(|next| Arc::clone(self).let_wait(next, Arc::clone(round)));
+        futures::future::join_all(wait).await;
+        start
+    }
+
     /// Gives back a message that has to wait for others before it is tried, for a moment in which nobody
     /// leases it. Nothing is counted.
     pub(super) async fn let_wait(self: Arc<Self>, leased: Leased, round: Arc<Round>) {

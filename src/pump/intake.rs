@@ -57,6 +57,9 @@ impl QueuePump {
                     pause = PAUSE_MIN;
                     let key = |next: &Leased| next.message.head.details.fairness_key.is_some();
                     self.fair.store(leased.iter().any(key), Ordering::Relaxed);
+                    let count = leased.len();
+                    let leased = self.sort_out(leased, &round).await;
+                    self.held.fetch_sub(count - leased.len(), Ordering::Relaxed);
                     for next in leased {
                         // The loop on the other side reads until this side is gone, or the round is cut.
                         if let Err(refused) = hand_over.send(Held::now(next)) {

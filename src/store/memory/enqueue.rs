@@ -96,7 +96,10 @@ impl Books {
         let until = (key.lasts == Lasts::Window).then(|| after(now, window));
         let name = (queue, key.key);
         let new = Key { fingerprint: key.fingerprint, until, answer };
-        if let Some(old) = self.keys.insert(name.clone(), new) {
+        // One that counts is of this very message: it names the key twice.
+        if let Some(old) = self.keys.insert(name.clone(), new)
+            && !self.key_counts(&old, now)
+        {
             self.replaced.push((name, old));
         }
     }

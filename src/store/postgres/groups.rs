@@ -10,7 +10,8 @@
 //! it could win a group for a message that was handled meanwhile; hence it locks the message first (`for update`), and
 //! passes over it when it is gone. And whoever frees a group does not see what is just coming in, so that a token could
 //! be dropped while nobody is left to see the message; hence whoever drops a token says so in the head (`dirty`), and
-//! whoever frees the group leaves a token if there is more *or* it is dirty.
+//! whoever frees the group leaves a token if there is more *or* it is dirty. (Where nobody waits, there is nothing to say:
+//! whoever comes brings a token along.)
 //!
 //! Locks are taken in one order: tokens (never waited for), messages behind, heads by number. Where a transaction settles
 //! in several rounds, each has that order for itself, and a claim that comes between two of them may meet one in a circle:

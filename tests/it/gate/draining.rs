@@ -151,7 +151,7 @@ async fn a_claim_that_comes_back_after_an_abort_takes_nobodys_room() {
     scene.client.start_queue("q").await;
     // A stopped queue's claims, of what is urgent, read other rows and wait as well.
     let waits = "select exists (select 1 from pg_stat_activity where datname = current_database()
-                 and wait_event_type = 'Lock' and query like '%delete from ready%'
+                 and wait_event_type = 'Lock' and query like '%select ready.ctid as tid%'
                  and query not like '%ready.urgent%')";
     eventually("a claim waits", async || {
         sqlx::query_scalar(waits).fetch_one(&mut onlooker).await.expect("the server answers")
