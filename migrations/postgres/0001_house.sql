@@ -87,13 +87,49 @@ create table content (
     kind text,
     correlation_id text,
     details text not null,
-    body bytea not null
+    body bytea not null,
+    shared bigint
 ) with (
     autovacuum_vacuum_scale_factor = 0.05,
     autovacuum_vacuum_cost_delay = 0
 );
 
+create index content_shared on content (shared) where shared is not null;
 create index content_correlation on content (correlation_id, seq) where correlation_id is not null;
+
+-- Payloads that several messages have: the copies of what was published to a topic. What of those is in content is
+-- empty. The number is that of the first.
+create table shared (
+    id bigint primary key,
+    body bytea not null
+);
+
+-- Numbers of such payloads of which a message was deleted: those that were the last are found here, because two who
+-- delete the last two at once do not see each other.
+create table released (
+    shared bigint not null
+) with (
+    autovacuum_vacuum_scale_factor = 0,
+    autovacuum_vacuum_threshold = 1000,
+    autovacuum_vacuum_cost_delay = 0
+);
+
+-- Which queues want what is published to a topic.
+create table subscription (
+    topic text collate "C" not null,
+    name text collate "C" not null,
+    queue_id integer not null,
+    filter text not null,
+    primary key (topic, name)
+);
+
+-- Clocks that send. The version changes with every change, so that of several who write only one does.
+create table schedule (
+    name text collate "C" primary key,
+    schedule text not null,
+    state text not null,
+    version bigint not null
+);
 
 -- Tokens of what can be leased; the primary key is the order of lease. Rank, lane and due time are those of the
 -- message. One with a group (grp) stands for no message: it says that the group may have one whose turn it is. Its
@@ -233,7 +269,8 @@ create table delivery (
 
 -- Idempotency keys with the answer that was given. Those over a whole batch have no message (seq 0).
 -- A key counts until `expires_at`, and longer while its message needs it; `sweep_at` is when to look again. One
--- with `expires_at` = -1 counts as long as its message can be delivered.
+-- with `expires_at` = -1 counts as long as its message can be delivered. Those of topics are of queue 0, and have the
+-- answer as text.
 create table idempotency (
     seq bigint not null,
     enqueued_at bigint not null,
@@ -244,6 +281,7 @@ create table idempotency (
     queue_id integer not null,
     key bytea not null,
     fingerprint bytea not null,
+    answer text,
     primary key (queue_id, key)
 );
 

@@ -92,10 +92,36 @@ create table content (
     kind text,
     correlation_id text,
     details text not null,
+    body blob not null,
+    shared integer
+) strict;
+
+create index content_shared on content (shared) where shared is not null;
+create index content_correlation on content (correlation_id, seq) where correlation_id is not null;
+
+-- Payloads that several messages have: the copies of what was published to a topic. What of those is in content is
+-- empty. It goes with the last of them. The number is that of the first.
+create table shared (
+    id integer primary key,
     body blob not null
 ) strict;
 
-create index content_correlation on content (correlation_id, seq) where correlation_id is not null;
+-- Which queues want what is published to a topic.
+create table subscription (
+    topic text not null,
+    name text not null,
+    queue_id integer not null,
+    filter text not null,
+    primary key (topic, name)
+) strict, without rowid;
+
+-- Clocks that send. The version changes with every change, so that of several who write only one does.
+create table schedule (
+    name text primary key,
+    schedule text not null,
+    state text not null,
+    version integer not null
+) strict, without rowid;
 
 -- One row for each attempt that ended.
 create table delivery (
@@ -114,7 +140,8 @@ create table delivery (
 
 -- Idempotency keys with the answer that was given. Those over a whole batch have no message (seq 0).
 -- A key counts until `expires_at`, and longer while its message needs it; `sweep_at` is when to look again. One
--- with `expires_at` = -1 counts as long as its message can be delivered.
+-- with `expires_at` = -1 counts as long as its message can be delivered. Those of topics are of queue 0, and have the
+-- answer as text.
 create table idempotency (
     queue_id integer not null,
     key blob not null,
@@ -125,6 +152,7 @@ create table idempotency (
     deliver_at integer not null,
     expires_at integer not null,
     sweep_at integer not null,
+    answer text,
     primary key (queue_id, key)
 ) strict, without rowid;
 

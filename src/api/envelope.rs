@@ -5,12 +5,13 @@ use std::collections::BTreeMap;
 use bytes::Bytes;
 use http::{HeaderMap, HeaderName};
 use jiff::Timestamp;
+use percent_encoding::percent_decode_str;
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 
 use crate::clock::{Clock, SystemClock};
-use crate::model::{self, Form, Idempotency, Invalid, NewMessage, QueueName, parse_span};
+use crate::model::{self, Destination, Event, Form, Idempotency, Invalid, NewMessage, parse_span};
 
 use super::lasting::Lasting;
 use super::problem::{self, Problem};
@@ -49,31 +50,105 @@ pub(super) struct EnvelopeBody {
     fairness_key: Option<String>,
     /// Of this key there is at most one message that can still be delivered.
     unique_while_pending: Option<String>,
+    /// The queue to which the handler's answer is sent, with its ack.
+    reply_to: Option<String>,
 }
 
 /// The message of an envelope for this queue, and its own idempotency key.
 pub(super) fn from_envelope(
-    queue: &QueueName,
+    to: &Destination,
     envelope: model::Envelope,
 ) -> Result<(NewMessage, Option<String>), Problem> {
-    if envelope.queue.is_some() {
-        return Err(Invalid::new("/queue", "the queue stands in the path").into());
+    for (pointer, given) in [("/queue", &envelope.queue), ("/topic", &envelope.topic)] {
+        if given.is_some() {
+            return Err(Invalid::new(pointer, "where it goes stands in the path").into());
+        }
     }
-    envelope.into_message(queue, SystemClock.now()).map_err(Problem::invalid)
+    envelope.into_message(to.clone(), SystemClock.now()).map_err(Problem::invalid)
 }
 
 /// A raw body with options in headers.
 pub(super) fn from_headers(
-    queue: &QueueName,
+    to: &Destination,
     headers: &HeaderMap,
     body: Bytes,
 ) -> Result<NewMessage, Problem> {
-    let mut message = NewMessage::new(queue.clone(), body);
+    let mut message = NewMessage::new(to.clone(), body);
+    message.details.content_type = content_type(headers)?;
+    put_options(&mut message, headers)?;
+    Ok(message)
+}
+
+/// An event in binary mode, with options in headers as any message; without a key of its own it has that of the event.
+pub(super) fn from_event_headers(
+    to: &Destination,
+    headers: &HeaderMap,
+    body: Bytes,
+) -> Result<NewMessage, Problem> {
+    let mut attributes = Vec::new();
+    for (name, value) in headers {
+        let Some(attribute) = name.as_str().strip_prefix("ce-") else { continue };
+        let wrong = || Invalid::new(name.as_str(), "a value is UTF-8, percent-encoded or plain");
+        let text = std::str::from_utf8(value.as_bytes()).map_err(|_| wrong())?.trim();
+        // Quotes are what older senders put around a value; the binding says to take them off.
+        let quoted = text.strip_prefix('"').and_then(|text| text.strip_suffix('"'));
+        let text = quoted.map_or_else(|| text.to_owned(), |text| text.replace("\\\"", "\""));
+        let text = percent_decode_str(&text).decode_utf8().map_err(|_| wrong())?;
+        attributes.push((attribute.to_owned(), text.into_owned()));
+    }
+    let event = Event::from_headers(attributes, content_type(headers)?, body)?;
+    from_event(to, headers, event)
+}
+
+/// An event, with options in headers.
+pub(super) fn from_event(
+    to: &Destination,
+    headers: &HeaderMap,
+    event: Event,
+) -> Result<NewMessage, Problem> {
+    let key = event.key();
+    let mut message = event.into_message(to.clone());
+    put_options(&mut message, headers)?;
+    message.keys.extend(key_of(headers)?.is_none().then_some(key));
+    Ok(message)
+}
+
+/// A message that says itself where it goes, with its options and its key.
+pub(super) fn pushed(
+    mut message: NewMessage,
+    headers: &HeaderMap,
+    body: &[u8],
+) -> Result<NewMessage, Problem> {
+    message.details.content_type = content_type(headers)?;
+    put_options(&mut message, headers)?;
+    if let Some(name) = headers.keys().find(|name| name.as_str().starts_with("ce-")) {
+        let detail = "an event is sent into a queue or to a topic";
+        return Err(Invalid::new(name.as_str(), detail).into());
+    }
+    let key = key_of(headers)?.map(|key| own_key(&key, fingerprint(headers, body)));
+    message.keys.extend(key);
+    Ok(message)
+}
+
+/// Whether a request brings an event in binary mode.
+pub(super) fn is_event(headers: &HeaderMap) -> bool {
+    headers.keys().any(|name| name.as_str().starts_with("ce-"))
+}
+
+fn content_type(headers: &HeaderMap) -> Result<Option<String>, Invalid> {
+    let content_type = headers.get(http::header::CONTENT_TYPE);
+    content_type
+        .map(|value| value.to_str().map(ToOwned::to_owned))
+        .transpose()
+        .map_err(|_| Invalid::new("Content-Type", "a media type is ASCII"))
+}
+
+/// Gives a message the options that stand in headers.
+fn put_options(message: &mut NewMessage, headers: &HeaderMap) -> Result<(), Problem> {
     let mut forwarded = Vec::new();
     let (mut delay, mut deliver_at, mut expires_in, mut expires_at) = (None, None, None, None);
-    Trace::of(headers).put_into(&mut message);
+    Trace::of(headers).put_into(message);
     for name in headers.keys() {
-        refuse_event_header(name)?;
         if !name.as_str().starts_with("pumphouse-") {
             continue;
         }
@@ -85,6 +160,10 @@ pub(super) fn from_headers(
             .map_err(|_| Invalid::new(name.as_str(), "a header's value is UTF-8"))?;
         let wrong = |wrong: Invalid| Invalid::new(name.as_str(), wrong.detail);
         match name.as_str() {
+            "pumphouse-type" if message.kind.as_deref().is_some_and(|kind| kind != text) => {
+                let detail = "the event has another type";
+                return Err(Invalid::new(name.as_str(), detail).into());
+            }
             "pumphouse-type" => message.kind = Some(text.to_owned()),
             "pumphouse-delay" => delay = Some(parse_span(text).map_err(wrong)?),
             "pumphouse-deliver-at" => deliver_at = Some(parse_time(text).map_err(wrong)?),
@@ -99,6 +178,13 @@ pub(super) fn from_headers(
             "pumphouse-causation-id" => message.details.causation_id = Some(text.to_owned()),
             "pumphouse-group" => message.details.group = Some(text.to_owned()),
             "pumphouse-fairness-key" => message.details.fairness_key = Some(text.to_owned()),
+            "pumphouse-reply-to" => {
+                let queue = model::reply_to(text);
+                let queue = queue.map_err(|detail| Invalid::new(name.as_str(), detail))?;
+                message.details.reply_to = Some(queue);
+            }
+            // Those of ad-hoc destinations are read where they are taken.
+            "pumphouse-url" | "pumphouse-queue" if message.details.url.is_some() => (),
             "pumphouse-unique-while-pending" => {
                 model::check_key(text).map_err(|detail| Invalid::new(name.as_str(), detail))?;
                 message.keys.push(Idempotency::while_pending(text));
@@ -116,13 +202,8 @@ pub(super) fn from_headers(
     message.deliver = Form::Headers.deliver(delay, deliver_at, now)?;
     message.expires = Form::Headers.expires(expires_in, expires_at, now)?;
     message.details.headers = forwarded;
-    let content_type = headers.get(http::header::CONTENT_TYPE);
-    message.details.content_type = content_type
-        .map(|value| value.to_str().map(ToOwned::to_owned))
-        .transpose()
-        .map_err(|_| Invalid::new("Content-Type", "a media type is ASCII"))?;
-    Form::Headers.check(&message).map_err(Problem::invalid)?;
-    Ok(message)
+    Form::Headers.check(message).map_err(Problem::invalid)?;
+    Ok(())
 }
 
 /// Where a request stands in its sender's trace. It comes in headers, whatever form the messages have.
@@ -158,9 +239,13 @@ fn trace_header(headers: &HeaderMap, name: &str, longest: usize) -> Option<Strin
     (!values.is_empty() && values.len() <= longest).then_some(values)
 }
 
-/// CloudEvents are for a later version; taken as a plain message, one would lose what it says in headers.
+/// An envelope, a batch and an event in the JSON format say inside what headers of an event would say beside them.
 pub(super) fn refuse_event_header(name: &HeaderName) -> Result<(), Problem> {
-    if name.as_str().starts_with("ce-") { Err(not_available("CloudEvents")) } else { Ok(()) }
+    if name.as_str().starts_with("ce-") {
+        let detail = "the body has another media type than the payload of an event in binary mode";
+        return Err(Invalid::new(name.as_str(), detail).into());
+    }
+    Ok(())
 }
 
 /// The value of the header `Idempotency-Key`, quoted as the IETF draft has it, or bare.
@@ -180,7 +265,10 @@ pub(super) fn key_of(headers: &HeaderMap) -> Result<Option<String>, Problem> {
 pub(super) fn fingerprint(headers: &HeaderMap, body: &[u8]) -> [u8; 32] {
     let mut options = headers
         .iter()
-        .filter(|(name, _)| name.as_str().starts_with("pumphouse-") || *name == "content-type")
+        .filter(|(name, _)| {
+            let name = name.as_str();
+            name.starts_with("pumphouse-") || name.starts_with("ce-") || name == "content-type"
+        })
         .map(|(name, value)| (name.as_str(), value.as_bytes()))
         .collect::<Vec<_>>();
     options.sort_unstable();

@@ -16,7 +16,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
 use crate::clock::{Clock, SystemClock};
-use crate::model::{self, DeliveryRecord, Invalid, MessageId, Record};
+use crate::model::{self, Attribute, DeliveryRecord, Invalid, MessageId, Record};
 use crate::store::{Amended, Amendment, Filter, Page};
 
 use super::Doors;
@@ -46,6 +46,16 @@ pub(super) struct MessageBody {
     causation_id: Option<String>,
     group: Option<String>,
     fairness_key: Option<String>,
+    /// Under which it was published, for a copy of what was published to a topic.
+    published_id: Option<String>,
+    /// The queue to which the handler's answer goes.
+    reply_to: Option<String>,
+    /// Where it is delivered, for one that says so itself.
+    url: Option<String>,
+    /// The attributes and extensions of a CloudEvent.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    #[schema(value_type = BTreeMap<String, Value>, required = false)]
+    event: BTreeMap<String, Attribute>,
     /// Sent on to the handler.
     headers: BTreeMap<String, String>,
     enqueued_at: String,
@@ -157,8 +167,13 @@ async fn get_message(
     let id = message_id(&id)?;
     let found = doors.pump().store().message(id).await?;
     let (record, deliveries) = found.ok_or_else(|| no_such_message(id))?;
+    Ok(Json(with_deliveries(&record, &deliveries)))
+}
+
+/// A message as it is shown alone.
+pub(super) fn with_deliveries(record: &Record, deliveries: &[DeliveryRecord]) -> MessageBody {
     let deliveries = deliveries.iter().map(delivery_body).collect();
-    Ok(Json(MessageBody { deliveries: Some(deliveries), ..message_body(&record) }))
+    MessageBody { deliveries: Some(deliveries), ..message_body(record) }
 }
 
 /// The payload, byte for byte as it was sent.
@@ -307,7 +322,7 @@ fn fitting(records: &[Record]) -> usize {
 /// How many bytes of payloads a list holds at most, but for a single larger one.
 const PAYLOADS_BYTES_MAX: u64 = 16 * 1024 * 1024;
 
-fn put_payload(body: &mut MessageBody, payload: &Bytes) {
+pub(super) fn put_payload(body: &mut MessageBody, payload: &Bytes) {
     let content_type = body.content_type.as_deref().unwrap_or("");
     let media_type = content_type.split(';').next().unwrap_or("").trim().to_ascii_lowercase();
     let is_json = media_type == "application/json" || media_type.ends_with("+json");
@@ -339,7 +354,7 @@ fn depth(json: &[u8]) -> usize {
     deepest
 }
 
-fn message_body(record: &Record) -> MessageBody {
+pub(super) fn message_body(record: &Record) -> MessageBody {
     let head = &record.head;
     let details = &head.details;
     MessageBody {
@@ -353,6 +368,10 @@ fn message_body(record: &Record) -> MessageBody {
         causation_id: details.causation_id.clone(),
         group: details.group.clone(),
         fairness_key: details.fairness_key.clone(),
+        published_id: details.published_id.map(|id| id.to_string()),
+        reply_to: details.reply_to.as_ref().map(ToString::to_string),
+        url: details.url.as_ref().map(ToString::to_string),
+        event: details.event.iter().cloned().collect(),
         headers: details.headers.iter().cloned().collect(),
         enqueued_at: head.enqueued_at.to_string(),
         deliver_at: record.deliver_at.to_string(),

@@ -4,7 +4,12 @@
 //!
 //! ```text
 //!   POST   /v1/queues/{queue}/messages            sending.rs
-//!   POST   /v1/queues/{queue}/messages/batch      sending.rs
+//!   POST   /v1/queues/{queue}/messages/batch      batches.rs
+//!   POST   /v1/topics/{topic}/messages            sending.rs
+//!   POST   /v1/topics/{topic}/messages/batch      batches.rs
+//!   POST   /v1/push                               push.rs
+//!   POST   /v1/queues/{queue}/leases              leases.rs
+//!   POST   /v1/leases/settle | renew              leases.rs
 //!   GET    /v1/messages                           messages.rs
 //!   GET PATCH DELETE  /v1/messages/{id}           messages.rs
 //!   GET    /v1/messages/{id}/payload              messages.rs
@@ -13,6 +18,12 @@
 //!   GET    /admin/v1/queues                       queues.rs
 //!   GET PUT PATCH DELETE  /admin/v1/queues/{queue}
 //!   POST   /admin/v1/queues/{queue}/start | stop | purge
+//!   GET    /admin/v1/topics                       topics.rs
+//!   GET    /admin/v1/topics/{topic}/subscriptions
+//!   GET PUT DELETE  /admin/v1/topics/{topic}/subscriptions/{name}
+//!   GET    /admin/v1/schedules                    schedules.rs
+//!   GET PUT PATCH DELETE  /admin/v1/schedules/{name}
+//!   POST   /admin/v1/schedules/{name}/pause | resume | run
 //!   GET PATCH  /admin/v1/pump                     pump.rs
 //!   POST   /admin/v1/pump/start | stop
 //!   GET    /admin/v1/dead-letters                 dead_letters.rs
@@ -33,6 +44,11 @@ mod lasting;
 mod pages;
 mod envelope;
 mod sending;
+mod batches;
+mod push;
+mod leases;
+mod topics;
+mod schedules;
 mod messages;
 mod queue_settings;
 mod recovery_settings;
@@ -65,6 +81,7 @@ use problem::Problem;
 pub use around::{Names, RequestId};
 pub use doors::serve;
 pub use problem::{CODES, Code};
+pub use push::Allowed;
 
 /// What the doors share. Cheap to clone.
 #[derive(Clone)]
@@ -75,6 +92,7 @@ struct Inner {
     metrics: PrometheusHandle,
     body_limit: usize,
     creates_queues: bool,
+    push_allowed: Allowed,
     names: Names,
     lately: health::Lately,
     /// Writes that go on although their client went away.
@@ -83,17 +101,25 @@ struct Inner {
 
 impl Doors {
     /// Doors before this pump. `body_limit` is in bytes; `creates_queues` makes a queue of what is sent to none;
-    /// `names` says under which names they answer.
+    /// `push_allowed` says which destinations messages may name; `names` under which names they answer.
     pub fn new(
         pump: Pumphouse,
         metrics: PrometheusHandle,
         body_limit: usize,
         creates_queues: bool,
+        push_allowed: Allowed,
         names: Names,
     ) -> Self {
-        let lately = health::Lately::default();
-        let writes = TaskTracker::new();
-        Self(Arc::new(Inner { pump, metrics, body_limit, creates_queues, names, lately, writes }))
+        Self(Arc::new(Inner {
+            pump,
+            metrics,
+            body_limit,
+            creates_queues,
+            push_allowed,
+            names,
+            lately: health::Lately::default(),
+            writes: TaskTracker::new(),
+        }))
     }
 
     fn pump(&self) -> &Pumphouse {
@@ -102,6 +128,10 @@ impl Doors {
 
     fn body_limit(&self) -> usize {
         self.0.body_limit
+    }
+
+    fn push_allowed(&self) -> &Allowed {
+        &self.0.push_allowed
     }
 
     fn creates_queues(&self) -> bool {
@@ -209,13 +239,20 @@ pub fn openapi_json() -> String {
 }
 
 fn data_routes() -> OpenApiRouter<Doors> {
-    OpenApiRouter::new().merge(sending::routes()).merge(messages::routes())
+    OpenApiRouter::new()
+        .merge(sending::routes())
+        .merge(batches::routes())
+        .merge(push::routes())
+        .merge(leases::routes())
+        .merge(messages::routes())
 }
 
 fn admin_routes() -> OpenApiRouter<Doors> {
     OpenApiRouter::new()
         .merge(queues::routes())
         .merge(recovery::routes())
+        .merge(topics::routes())
+        .merge(schedules::routes())
         .merge(pump::routes())
         .merge(dead_letters::routes())
         .merge(health::metrics_routes())

@@ -9,8 +9,8 @@ use url::Url;
 use utoipa::ToSchema;
 
 use crate::model::{
-    self, Bounds, Builtin, Concurrency, GroupOnDead, HttpHandler, Invalid, MASK, OnExpiry,
-    QueueSettings, RateLimit, Retention, Scope,
+    self, Bounds, Builtin, Concurrency, Format, GroupOnDead, HttpHandler, Invalid, MASK, OnExpiry,
+    PushHandler, QueueSettings, RateLimit, Retention, Scope,
 };
 
 use super::envelope::not_available;
@@ -110,19 +110,59 @@ enum HandlerBody {
         /// Go along with every delivery. Values are masked when read; a mask put back keeps the value.
         #[serde(default)]
         headers: BTreeMap<String, String>,
-        #[serde(default = "binary")]
-        format: String,
+        /// `binary`: the payload is the body; `structured`: the body is a CloudEvent in the JSON format.
+        #[serde(default)]
+        format: FormatBody,
         /// Not available in this version: empty.
         #[serde(default)]
         secrets: Vec<String>,
     },
     /// `log` shows each message on the console; `discard` drops it.
     Builtin { name: BuiltinBody },
-    /// Messages wait; pulling them is not available in this version.
+    /// Workers come and take messages; see `POST /v1/queues/{queue}/leases`.
     // In braces, because only then serde refuses members that it does not know.
     Pull {},
+    /// Each message is posted where it says itself; see `POST /v1/push`. A breaker means nothing here.
+    Push {
+        #[serde(default = "thirty_seconds")]
+        timeout: Lasting,
+        /// Go along with every delivery. Values are masked when read; a mask put back keeps the value.
+        #[serde(default)]
+        headers: BTreeMap<String, String>,
+        #[serde(default)]
+        format: FormatBody,
+        /// How many deliveries to one host may be open at once in each process; null for no limit.
+        #[serde(default = "four")]
+        per_destination: Option<u32>,
+    },
     /// A function in the program that runs the pump; cannot be set from outside.
     Service {},
+}
+
+#[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+enum FormatBody {
+    #[default]
+    Binary,
+    Structured,
+}
+
+impl From<Format> for FormatBody {
+    fn from(format: Format) -> Self {
+        match format {
+            Format::Binary => Self::Binary,
+            Format::Structured => Self::Structured,
+        }
+    }
+}
+
+impl From<FormatBody> for Format {
+    fn from(format: FormatBody) -> Self {
+        match format {
+            FormatBody::Binary => Self::Binary,
+            FormatBody::Structured => Self::Structured,
+        }
+    }
 }
 
 #[derive(Debug, Clone, Copy, Serialize, Deserialize, ToSchema)]
@@ -186,8 +226,8 @@ fn thirty_seconds() -> Lasting {
     Lasting(Duration::from_secs(30))
 }
 
-fn binary() -> String {
-    "binary".to_owned()
+fn four() -> Option<u32> {
+    Some(4)
 }
 
 impl Default for HandlerBody {
@@ -246,7 +286,7 @@ impl From<&QueueSettings> for SettingsBody {
                 url: http.url.to_string(),
                 timeout: Lasting(http.timeout),
                 headers: http.headers.clone(),
-                format: binary(),
+                format: http.format.into(),
                 secrets: Vec::new(),
             },
             model::Handler::Builtin { name: Builtin::Log } => {
@@ -256,6 +296,12 @@ impl From<&QueueSettings> for SettingsBody {
                 HandlerBody::Builtin { name: BuiltinBody::Discard }
             }
             model::Handler::Pull => HandlerBody::Pull {},
+            model::Handler::Push(push) => HandlerBody::Push {
+                timeout: Lasting(push.timeout),
+                headers: push.headers.clone(),
+                format: push.format.into(),
+                per_destination: push.per_destination,
+            },
             model::Handler::Service => HandlerBody::Service {},
         };
         Self {
@@ -289,7 +335,9 @@ impl SettingsBody {
 
     /// With every secret replaced by [`MASK`].
     pub(super) fn masked(mut self) -> Self {
-        if let HandlerBody::Http { headers, .. } = &mut self.handler {
+        if let HandlerBody::Http { headers, .. } | HandlerBody::Push { headers, .. } =
+            &mut self.handler
+        {
             for value in headers.values_mut() {
                 MASK.clone_into(value);
             }
@@ -300,7 +348,9 @@ impl SettingsBody {
     /// Whether it says of some secret to keep what is stored.
     pub(super) fn has_a_mask(&self) -> bool {
         match &self.handler {
-            HandlerBody::Http { headers, .. } => headers.values().any(|value| value == MASK),
+            HandlerBody::Http { headers, .. } | HandlerBody::Push { headers, .. } => {
+                headers.values().any(|value| value == MASK)
+            }
             HandlerBody::Builtin { .. } | HandlerBody::Pull {} | HandlerBody::Service {} => false,
         }
     }
@@ -361,24 +411,19 @@ impl SettingsBody {
 fn handler(body: HandlerBody, before: Option<&model::Handler>) -> Result<model::Handler, Problem> {
     match body {
         HandlerBody::Http { url, timeout, headers, format, secrets } => {
-            if format == "structured" {
-                return Err(not_available("handler.format \"structured\""));
-            }
-            if format != "binary" {
-                let detail = "a format is binary or structured";
-                return Err(Invalid::new("/handler/format", detail).into());
-            }
             if !secrets.is_empty() {
                 return Err(not_available("handler.secrets"));
             }
             let detail = "a handler's URL is absolute, like http://localhost:9000/hook";
             let url = Url::parse(&url).map_err(|_| Invalid::new("/handler/url", detail))?;
-            let stored = match before {
-                Some(model::Handler::Http(http)) => http.headers.clone(),
-                _ => BTreeMap::new(),
-            };
-            let headers = unmask(headers, &stored)?;
-            Ok(model::Handler::Http(HttpHandler { url, timeout: timeout.0, headers }))
+            let headers = unmask(headers, &stored_headers(before))?;
+            let (timeout, format) = (timeout.0, format.into());
+            Ok(model::Handler::Http(HttpHandler { url, timeout, headers, format }))
+        }
+        HandlerBody::Push { timeout, headers, format, per_destination } => {
+            let headers = unmask(headers, &stored_headers(before))?;
+            let (timeout, format) = (timeout.0, format.into());
+            Ok(model::Handler::Push(PushHandler { timeout, headers, format, per_destination }))
         }
         HandlerBody::Builtin { name: BuiltinBody::Log } => {
             Ok(model::Handler::Builtin { name: Builtin::Log })
@@ -394,6 +439,14 @@ fn handler(body: HandlerBody, before: Option<&model::Handler>) -> Result<model::
             let detail = "a service is set by the program that has it, not from outside";
             Err(Invalid::new("/handler/kind", detail).into())
         }
+    }
+}
+
+fn stored_headers(before: Option<&model::Handler>) -> BTreeMap<String, String> {
+    match before {
+        Some(model::Handler::Http(http)) => http.headers.clone(),
+        Some(model::Handler::Push(push)) => push.headers.clone(),
+        _ => BTreeMap::new(),
     }
 }
 

@@ -378,7 +378,7 @@ pub(super) fn run_state(state: &RunState) -> (&'static str, Option<StoppedBody>)
     }
 }
 
-fn precondition(headers: &HeaderMap) -> Result<Precondition, Problem> {
+pub(super) fn precondition(headers: &HeaderMap) -> Result<Precondition, Problem> {
     let text = |name| headers.get(name).map(|value: &HeaderValue| value.to_str().unwrap_or(""));
     match (text(header::IF_MATCH), text(header::IF_NONE_MATCH)) {
         (None, None) => Ok(Precondition::None),
@@ -394,7 +394,7 @@ fn precondition(headers: &HeaderMap) -> Result<Precondition, Problem> {
     }
 }
 
-fn precondition_failed() -> Problem {
+pub(super) fn precondition_failed() -> Problem {
     let detail = "the queue is not what the precondition says; GET it and try again with its ETag";
     Problem::new(problem::PRECONDITION, detail)
 }

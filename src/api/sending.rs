@@ -1,4 +1,6 @@
-//! Messages in: one by one and in batches. Routes, bodies, handlers, in this order.
+//! Messages in, one by one, into a queue or to a topic. Routes, bodies, handlers, in this order. See `batches.rs` for many.
+
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::{Request, State};
@@ -6,22 +8,27 @@ use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
-use sha2::{Digest, Sha256};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
-use crate::model::{Idempotency, Invalid, NewMessage, QueueName, QueueSettings};
-use crate::store::{Enqueue, EnqueueOutcome, Enqueued, Precondition, PutQueue, Receipt, Refusal};
+use crate::model::{
+    Destination, EVENT_TYPES, Event, Invalid, NewMessage, QueueName, QueueSettings, TopicName,
+    parse_span,
+};
+use crate::store::{
+    Enqueue, EnqueueOutcome, Enqueued, Precondition, Published, PutQueue, Receipt, Refusal,
+};
 
+use super::batches;
 use super::body::{Path, Query, json, media_type, read};
 use super::envelope::{self, EnvelopeBody, Trace};
-use super::problem::{self, Problem, ProblemBody};
+use super::messages;
+use super::problem::{self, Problem};
 use super::{Doors, RequestId};
 
 pub(super) fn routes() -> OpenApiRouter<Doors> {
-    OpenApiRouter::new().routes(routes!(post_message)).routes(routes!(post_batch))
+    OpenApiRouter::new().routes(routes!(post_message)).routes(routes!(publish_message))
 }
 
 /// What the sender of a message is told.
@@ -38,51 +45,61 @@ pub(super) struct ReceiptBody {
     duplicate: bool,
 }
 
-/// Many messages.
-#[derive(Deserialize, ToSchema)]
-#[serde(deny_unknown_fields)]
-struct BatchBody {
-    /// At most 10,000.
-    #[schema(value_type = Vec<EnvelopeBody>)]
-    messages: Vec<Box<RawValue>>,
-    /// All or none.
-    #[serde(default)]
-    atomic: bool,
+/// What the publisher of a message is told.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct PublishedBody {
+    /// What the copies share.
+    #[schema(example = "01961234-5678-7abc-8def-0123456789ab")]
+    pub(super) published_id: String,
+    /// How many queues wanted it.
+    pub(super) matched: usize,
+    /// The copies.
+    pub(super) messages: Vec<CopyBody>,
+    /// Whether this is the answer to an earlier request with the same key.
+    duplicate: bool,
 }
 
-/// What became of many messages, in order.
+/// A copy of what was published.
 #[derive(Debug, Serialize, ToSchema)]
-struct BatchAnswer {
-    items: Vec<BatchItem>,
+pub(super) struct CopyBody {
+    queue: String,
+    id: String,
 }
 
-/// What became of one of many.
-#[derive(Debug, Serialize, ToSchema)]
-struct BatchItem {
-    /// 201, 200 for a duplicate, or that of the problem.
-    status: u16,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    id: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    duplicate: Option<bool>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    problem: Option<ProblemBody>,
+impl From<&Published> for PublishedBody {
+    fn from(published: &Published) -> Self {
+        let copies = published.copies.iter();
+        let copy = |(queue, id): (String, String)| CopyBody { queue, id };
+        Self {
+            published_id: published.id.to_string(),
+            matched: published.copies.len(),
+            messages: copies.map(|it| copy((it.queue.to_string(), it.id.to_string()))).collect(),
+            duplicate: published.duplicate,
+        }
+    }
 }
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 struct SendQuery {
-    /// Not available in this version.
+    /// How long to wait for the message to be settled, as in `30s`; at most 60s.
     wait: Option<String>,
 }
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
-struct BatchQuery {
-    /// All or none, for NDJSON.
-    atomic: Option<bool>,
+pub(super) struct PublishQuery {
+    /// Refuse it where no queue wants it.
+    require_subscribers: Option<bool>,
+}
+
+impl PublishQuery {
+    fn destination(&self, topic: &str) -> Result<Destination, Problem> {
+        let require_subscribers = self.require_subscribers.unwrap_or(false);
+        Ok(Destination::Topic { topic: TopicName::parse(topic)?, require_subscribers })
+    }
 }
 
 /// Send a message.
@@ -90,213 +107,184 @@ struct BatchQuery {
 /// Any body: its bytes are the payload, its `Content-Type` goes along, options are headers
 /// (`Pumphouse-Type`, `Pumphouse-Delay` or `Pumphouse-Deliver-At`, `Pumphouse-Expires-In` or
 /// `Pumphouse-Expires-At`, `Pumphouse-Priority`, `Pumphouse-Group`, `Pumphouse-Fairness-Key`,
-/// `Pumphouse-Unique-While-Pending`, `Pumphouse-Correlation-Id`, `Pumphouse-Causation-Id`,
-/// `Pumphouse-Forward-<name>`, `Idempotency-Key`). Or an envelope, with its media type. When this
-/// answers 201, the message is committed and synced to disk.
+/// `Pumphouse-Unique-While-Pending`, `Pumphouse-Correlation-Id`, `Pumphouse-Causation-Id`, `Pumphouse-Reply-To`,
+/// `Pumphouse-Forward-<name>`, `Idempotency-Key`). Or an envelope, with its media type. Or a CloudEvent, in binary
+/// (`ce-*` headers) or structured mode; a batch of them is answered as batches are. When this answers 201, the message is
+/// committed and synced to disk. With `wait` it answers when the message is settled, or the time is over.
 #[utoipa::path(post, path = "/v1/queues/{queue}/messages", tag = "sending",
     params(("queue" = String, Path, description = "The queue's name"), SendQuery,
         ("Idempotency-Key" = Option<String>, Header, description = "Quoted or bare, at most 255 characters")),
     request_body(content(
         (String = "application/octet-stream"),
-        (EnvelopeBody = "application/vnd.pumphouse.message+json"))),
+        (EnvelopeBody = "application/vnd.pumphouse.message+json"),
+        (String = "application/cloudevents+json"))),
     responses(
         (status = 201, description = "Committed", body = ReceiptBody),
-        (status = 200, description = "The same request came before; this was its answer", body = ReceiptBody)))]
+        (status = 202, description = "Committed, and not settled in the time to wait", body = ReceiptBody),
+        (status = 200, description = "The same request came before, and this was its answer; or, with `wait`, the message, which is settled", body = SettledOrReceipt)))]
 async fn post_message(
     State(doors): State<Doors>,
+    RequestId(request_id): RequestId,
     Path(queue): Path<String>,
     Query(query): Query<SendQuery>,
     request: Request,
 ) -> Result<Response, Problem> {
     let queue = QueueName::parse(&queue)?;
-    if query.wait.is_some() {
-        return Err(envelope::not_available("?wait"));
-    }
-    doors.refuse_while_draining()?;
-    let (parts, body) = request.into_parts();
-    let media_type = media_type(&parts.headers);
-    let body = read(&parts.headers, body, doors.body_limit()).await?;
-    let message = match media_type.as_str() {
-        ENVELOPE => one_envelope(&queue, &parts.headers, &body)?,
-        "application/cloudevents+json" | "application/cloudevents-batch+json" => {
-            let detail = "CloudEvents are not available in this version";
-            return Err(Problem::new(problem::MEDIA_TYPE, detail));
-        }
-        _ => one_raw(&queue, &parts.headers, body)?,
-    };
-    let enqueue = Enqueue { messages: vec![message], atomic: false, batch: None };
-    let EnqueueOutcome::Done(mut all) = doors.enqueue(&queue, enqueue).await? else {
-        return Err(Problem::new(problem::INTERNAL, "one message was refused as a batch"));
-    };
-    match all.pop() {
-        Some(Enqueued::New(receipt)) => Ok(receipt_answer(StatusCode::CREATED, &receipt, false)),
-        Some(Enqueued::Duplicate(receipt)) => Ok(receipt_answer(StatusCode::OK, &receipt, true)),
-        Some(Enqueued::Refused(refusal)) => Err(refused(&refusal)),
-        None => Err(Problem::new(problem::INTERNAL, "one message was sent, and none answered for")),
+    let wait = query.wait.as_deref().map(wait_of).transpose()?;
+    let to = Destination::Queue(queue);
+    match one(&doors, &to, &request_id, request, wait.is_some()).await? {
+        Came::Message(message) => send(&doors, *message, wait).await,
+        Came::Answered(response) => Ok(response),
     }
 }
 
-/// Send many messages.
+/// Publish a message to a topic.
 ///
-/// `{"messages": […], "atomic": false}`, or one envelope a line. Answers 207 with an item for each, in
-/// order; with `atomic` 201 for all, or 422 and none is kept. `Idempotency-Key` covers the whole batch.
-/// `traceparent`, `tracestate` and `baggage` are those of every message in it.
-#[utoipa::path(post, path = "/v1/queues/{queue}/messages/batch", tag = "sending",
-    params(("queue" = String, Path, description = "The queue's name"), BatchQuery,
-        ("Idempotency-Key" = Option<String>, Header, description = "Covers the whole batch")),
-    request_body(content((BatchBody = "application/json"), (String = "application/x-ndjson"))),
+/// Takes what a queue takes. One transaction puts a copy into each queue that has subscribed and wants it.
+#[utoipa::path(post, path = "/v1/topics/{topic}/messages", tag = "sending",
+    params(("topic" = String, Path, description = "The topic's name"), PublishQuery,
+        ("Idempotency-Key" = Option<String>, Header, description = "Quoted or bare, at most 255 characters")),
+    request_body(content(
+        (String = "application/octet-stream"),
+        (EnvelopeBody = "application/vnd.pumphouse.message+json"),
+        (String = "application/cloudevents+json"))),
     responses(
-        (status = 207, description = "An item for each message, in order", body = BatchAnswer),
-        (status = 201, description = "`atomic`: all are committed", body = BatchAnswer),
-        (status = 200, description = "`atomic`: the same request came before; this was its answer", body = BatchAnswer)))]
-async fn post_batch(
+        (status = 201, description = "Committed, in every queue that wants it", body = PublishedBody),
+        (status = 200, description = "The same request came before; this was its answer", body = PublishedBody)))]
+async fn publish_message(
     State(doors): State<Doors>,
     RequestId(request_id): RequestId,
-    Path(queue): Path<String>,
-    Query(query): Query<BatchQuery>,
+    Path(topic): Path<String>,
+    Query(query): Query<PublishQuery>,
     request: Request,
 ) -> Result<Response, Problem> {
-    let queue = QueueName::parse(&queue)?;
+    let to = query.destination(&topic)?;
+    match one(&doors, &to, &request_id, request, false).await? {
+        Came::Message(message) => send(&doors, *message, None).await,
+        Came::Answered(response) => Ok(response),
+    }
+}
+
+/// What a `200` has: the message with its deliveries where it was waited for, else the first receipt.
+#[derive(ToSchema)]
+#[serde(untagged)]
+#[expect(dead_code, reason = "only its description is used")]
+enum SettledOrReceipt {
+    Settled(Box<messages::MessageBody>),
+    Receipt(ReceiptBody),
+}
+
+/// What a request to send one message brought.
+enum Came {
+    Message(Box<NewMessage>),
+    /// It was a batch of events, and is answered as that.
+    Answered(Response),
+}
+
+async fn one(
+    doors: &Doors,
+    to: &Destination,
+    request_id: &str,
+    request: Request,
+    waits: bool,
+) -> Result<Came, Problem> {
     doors.refuse_while_draining()?;
     let (parts, body) = request.into_parts();
-    let media_type = media_type(&parts.headers);
-    no_options(&parts.headers)?;
-    let body = read(&parts.headers, body, BATCH_BYTES_MAX).await?;
-    let (items, atomic) = match media_type.as_str() {
-        "application/json" => {
-            if query.atomic.is_some() {
-                let detail = "atomic stands in the body here";
-                return Err(Invalid::new("atomic", detail).into());
-            }
-            let batch = json::<BatchBody>(&body)?;
-            (
-                batch.messages.into_iter().map(|raw| Bytes::from(raw.get().to_owned())).collect(),
-                batch.atomic,
-            )
+    let headers = &parts.headers;
+    let media_type = media_type(headers);
+    let [event, events] = EVENT_TYPES;
+    if media_type == events {
+        if waits {
+            return Err(Invalid::new("wait", "a batch is not waited for").into());
         }
-        "application/x-ndjson" | "application/jsonl" => {
-            (lines(&body), query.atomic.unwrap_or(false))
-        }
-        other => {
-            let detail =
-                format!("a batch is application/json or application/x-ndjson, not {other:?}");
-            return Err(Problem::new(problem::MEDIA_TYPE, detail));
+        let body = read(headers, body, batches::BYTES_MAX).await?;
+        let answer = batches::events(doors, to, headers, &body, request_id).await?;
+        return Ok(Came::Answered(answer));
+    }
+    let body = read(headers, body, doors.body_limit()).await?;
+    let message = if media_type == ENVELOPE {
+        one_envelope(to, headers, &body)?
+    } else if media_type == event {
+        let event = Event::from_json(text(&body)?)?;
+        with_key(envelope::from_event(to, headers, event)?, headers, &body)?
+    } else if envelope::is_event(headers) {
+        let message = envelope::from_event_headers(to, headers, body.clone())?;
+        with_key(message, headers, &body)?
+    } else {
+        with_key(envelope::from_headers(to, headers, body.clone())?, headers, &body)?
+    };
+    Ok(Came::Message(Box::new(message)))
+}
+
+/// Sends it, waits for its end if that is wanted, and says what became of it.
+pub(super) async fn send(
+    doors: &Doors,
+    message: NewMessage,
+    wait: Option<Duration>,
+) -> Result<Response, Problem> {
+    doors.check_replies(std::slice::from_ref(&message)).await?;
+    // Before it is sent, so that nothing of it is missed.
+    let watch = wait.map(|wait| (doors.pump().watch(message.id), wait));
+    let to = message.to.clone();
+    let enqueue = Enqueue { messages: vec![message], atomic: false, batch: None };
+    let EnqueueOutcome::Done(mut all) = doors.enqueue(&to, enqueue).await? else {
+        return Err(Problem::new(problem::INTERNAL, "one message was refused as a batch"));
+    };
+    let (receipt, is_new) = match all.pop() {
+        Some(Enqueued::New(receipt)) => (receipt, true),
+        Some(Enqueued::Duplicate(receipt)) => (receipt, false),
+        Some(Enqueued::Published(published)) => return Ok(published_answer(&published)),
+        Some(Enqueued::Refused(refusal)) => return Err(refused(&refusal)),
+        None => {
+            let what = "one message was sent, and none answered for";
+            return Err(Problem::new(problem::INTERNAL, what));
         }
     };
-    if items.len() > BATCH_MAX {
-        let detail =
-            format!("a batch has at most {BATCH_MAX} messages; this one has {}", items.len());
-        return Err(Problem::new(problem::TOO_LARGE, detail));
-    }
-    let key = envelope::key_of(&parts.headers)?;
-    let same = batch_fingerprint(&media_type, atomic, &body);
-    let trace = Trace::of(&parts.headers);
-    let batch = Batch::new(&queue, &items, key, same, &trace, doors.body_limit());
-    batch.send(&doors, &queue, atomic, &request_id).await
-}
-
-/// A batch on its way: what could be read of it, and what could not.
-struct Batch {
-    good: Vec<(usize, NewMessage)>,
-    bad: Vec<(usize, Problem)>,
-    key: Option<Idempotency>,
-}
-
-impl Batch {
-    fn new(
-        queue: &QueueName,
-        items: &[Bytes],
-        key: Option<String>,
-        fingerprint: [u8; 32],
-        trace: &Trace,
-        body_limit: usize,
-    ) -> Self {
-        let mut batch = Self {
-            good: Vec::with_capacity(items.len()),
-            bad: Vec::new(),
-            key: key.as_deref().map(|key| Idempotency::new("batch", key, fingerprint)),
-        };
-        for (index, item) in items.iter().enumerate() {
-            match item_message(queue, item, body_limit) {
-                Ok(mut message) => {
-                    trace.put_into(&mut message);
-                    if let Some(key) = &key {
-                        // Derived from the batch's key, so that a repeat collapses item by item.
-                        let key = format!("{key}:{index}");
-                        message.keys.push(Idempotency::new("batch-item", &key, fingerprint));
-                    }
-                    batch.good.push((index, message));
-                }
-                Err(problem) => batch.bad.push((index, problem)),
-            }
+    let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
+    let Some((watch, wait)) = watch else { return Ok(receipt_answer(status, &receipt, !is_new)) };
+    let watch = if is_new { watch } else { doors.pump().watch(receipt.id) };
+    match watch.ended(wait, is_new).await? {
+        Some((record, deliveries)) => {
+            let body = Json(messages::with_deliveries(&record, &deliveries));
+            Ok(located(body.into_response(), &receipt, !is_new))
         }
-        batch
-    }
-
-    async fn send(
-        self,
-        doors: &Doors,
-        queue: &QueueName,
-        atomic: bool,
-        request_id: &str,
-    ) -> Result<Response, Problem> {
-        if atomic && !self.bad.is_empty() {
-            return Err(all_refused(self.bad));
-        }
-        let (places, messages): (Vec<_>, Vec<_>) = self.good.into_iter().unzip();
-        let enqueue = Enqueue { messages, atomic, batch: self.key };
-        let done = match doors.enqueue(queue, enqueue).await? {
-            EnqueueOutcome::Done(done) => done,
-            EnqueueOutcome::BatchKeyReused => return Err(refused(&Refusal::KeyReused)),
-            EnqueueOutcome::Refused(refusals) => {
-                if let Some((_, Refusal::NoSuchQueue(name))) = refusals.first() {
-                    return Err(Problem::no_such_queue(name));
-                }
-                let problems = refusals.iter().map(|(at, refusal)| (places[*at], refused(refusal)));
-                return Err(all_refused(problems.collect()));
-            }
-        };
-        if let Some(Enqueued::Refused(Refusal::NoSuchQueue(name))) = done.first() {
-            return Err(Problem::no_such_queue(name));
-        }
-        let mut items = places
-            .into_iter()
-            .zip(&done)
-            .map(|(at, one)| (at, item(one, request_id)))
-            .collect::<Vec<_>>();
-        items.extend(self.bad.iter().map(|(at, problem)| (*at, problem_item(problem, request_id))));
-        items.sort_by_key(|(at, _)| *at);
-        let known = |one: &Enqueued| matches!(one, Enqueued::Duplicate(_));
-        let replayed = self.key.is_some() && !done.is_empty() && done.iter().all(known);
-        let status = match (atomic, replayed) {
-            (true, false) => StatusCode::CREATED,
-            (true, true) => StatusCode::OK,
-            (false, _) => StatusCode::MULTI_STATUS,
-        };
-        let items = items.into_iter().map(|(_, item)| item).collect();
-        let mut response = (status, Json(BatchAnswer { items })).into_response();
-        if replayed {
-            response.headers_mut().insert("idempotency-replayed", HeaderValue::from_static("true"));
-        }
-        Ok(response)
+        None => Ok(receipt_answer(StatusCode::ACCEPTED, &receipt, !is_new)),
     }
 }
 
-fn one_raw(queue: &QueueName, headers: &HeaderMap, body: Bytes) -> Result<NewMessage, Problem> {
+fn wait_of(text: &str) -> Result<Duration, Problem> {
+    let wait = parse_span(text).map_err(|wrong| Invalid::new("wait", wrong.detail))?;
+    if wait > WAIT_MAX {
+        return Err(Invalid::new("wait", "at most 60s").into());
+    }
+    Ok(wait)
+}
+
+/// A body that is to be text.
+pub(super) fn text(body: &[u8]) -> Result<&str, Problem> {
+    let wrong = |_| Problem::new(problem::UNREADABLE, "the body is not UTF-8");
+    std::str::from_utf8(body).map_err(wrong)
+}
+
+/// The message with the key of the request, if it has one.
+fn with_key(
+    mut message: NewMessage,
+    headers: &HeaderMap,
+    body: &[u8],
+) -> Result<NewMessage, Problem> {
     let key = envelope::key_of(headers)?;
-    let key = key.map(|key| envelope::own_key(&key, envelope::fingerprint(headers, &body)));
-    let mut message = envelope::from_headers(queue, headers, body)?;
+    let key = key.map(|key| envelope::own_key(&key, envelope::fingerprint(headers, body)));
     message.keys.extend(key);
     Ok(message)
 }
 
 fn one_envelope(
-    queue: &QueueName,
+    to: &Destination,
     headers: &HeaderMap,
     body: &Bytes,
 ) -> Result<NewMessage, Problem> {
     no_options(headers)?;
-    let (mut message, own) = envelope::from_envelope(queue, json(body)?)?;
+    let (mut message, own) = envelope::from_envelope(to, json(body)?)?;
     Trace::of(headers).put_into(&mut message);
     let header = envelope::key_of(headers)?;
     if header.is_some() && own.is_some() && header != own {
@@ -309,20 +297,8 @@ fn one_envelope(
     Ok(message)
 }
 
-fn item_message(queue: &QueueName, item: &Bytes, limit: usize) -> Result<NewMessage, Problem> {
-    let (mut message, own) = envelope::from_envelope(queue, json(item)?)?;
-    if message.body.len() > limit {
-        let detail = format!("a payload has at most {limit} bytes");
-        return Err(Problem::new(problem::TOO_LARGE, detail));
-    }
-    if let Some(key) = own {
-        message.keys.push(envelope::own_key(&key, Sha256::digest(item).into()));
-    }
-    Ok(message)
-}
-
 /// An envelope has its options inside; the same as headers would leave open which counts.
-fn no_options(headers: &HeaderMap) -> Result<(), Problem> {
+pub(super) fn no_options(headers: &HeaderMap) -> Result<(), Problem> {
     for name in headers.keys() {
         envelope::refuse_event_header(name)?;
         if name.as_str().starts_with("pumphouse-") {
@@ -331,27 +307,6 @@ fn no_options(headers: &HeaderMap) -> Result<(), Problem> {
         }
     }
     Ok(())
-}
-
-/// What makes a batch the same: its media type, whether it is all or none, and its body.
-fn batch_fingerprint(media_type: &str, atomic: bool, body: &[u8]) -> [u8; 32] {
-    let mut hash = Sha256::new();
-    hash.update((media_type.len() as u64).to_be_bytes());
-    hash.update(media_type);
-    hash.update([u8::from(atomic)]);
-    hash.update(body);
-    hash.finalize().into()
-}
-
-fn lines(body: &Bytes) -> Vec<Bytes> {
-    let mut lines = Vec::new();
-    for line in body.split(|byte| *byte == b'\n') {
-        let line = line.trim_ascii();
-        if !line.is_empty() {
-            lines.push(body.slice_ref(line));
-        }
-    }
-    lines
 }
 
 fn receipt_answer(status: StatusCode, receipt: &Receipt, duplicate: bool) -> Response {
@@ -363,47 +318,31 @@ fn receipt_answer(status: StatusCode, receipt: &Receipt, duplicate: bool) -> Res
         deliver_at: receipt.deliver_at.to_string(),
         duplicate,
     };
+    located((status, Json(body)).into_response(), receipt, duplicate)
+}
+
+fn located(mut response: Response, receipt: &Receipt, duplicate: bool) -> Response {
     let location = format!("/v1/messages/{}", receipt.id);
-    let mut response = (status, Json(body)).into_response();
     let location = HeaderValue::try_from(location).expect("an id is plain ASCII");
     response.headers_mut().insert(header::LOCATION, location);
-    if duplicate {
-        let yes = HeaderValue::from_static("true");
-        response.headers_mut().insert("idempotency-replayed", yes);
+    if duplicate { replayed(response) } else { response }
+}
+
+fn published_answer(published: &Published) -> Response {
+    let body = Json(PublishedBody::from(published));
+    if published.duplicate {
+        return replayed((StatusCode::OK, body).into_response());
     }
+    (StatusCode::CREATED, body).into_response()
+}
+
+/// An answer that was given before.
+pub(super) fn replayed(mut response: Response) -> Response {
+    response.headers_mut().insert("idempotency-replayed", HeaderValue::from_static("true"));
     response
 }
 
-fn item(one: &Enqueued, request_id: &str) -> BatchItem {
-    let kept = |status, receipt: &Receipt, duplicate| BatchItem {
-        status,
-        id: Some(receipt.id.to_string()),
-        duplicate: Some(duplicate),
-        problem: None,
-    };
-    match one {
-        Enqueued::New(receipt) => kept(201, receipt, false),
-        Enqueued::Duplicate(receipt) => kept(200, receipt, true),
-        Enqueued::Refused(refusal) => problem_item(&refused(refusal), request_id),
-    }
-}
-
-fn problem_item(problem: &Problem, request_id: &str) -> BatchItem {
-    let body = problem.body(request_id);
-    let status = problem.code.status.as_u16();
-    BatchItem { status, id: None, duplicate: None, problem: Some(body) }
-}
-
-/// One problem for a whole batch, with a pointer to each message that was wrong.
-fn all_refused(problems: Vec<(usize, Problem)>) -> Problem {
-    let errors = problems.into_iter().flat_map(|(at, problem)| {
-        let prefix = format!("/messages/{at}");
-        problem.into_errors().into_iter().map(move |wrong| wrong.under(&prefix))
-    });
-    Problem::invalid(errors.collect())
-}
-
-fn refused(refusal: &Refusal) -> Problem {
+pub(super) fn refused(refusal: &Refusal) -> Problem {
     match refusal {
         Refusal::NoSuchQueue(name) => Problem::no_such_queue(name),
         Refusal::QueueFull(name) => {
@@ -415,21 +354,29 @@ fn refused(refusal: &Refusal) -> Problem {
             let detail = "this Idempotency-Key came before with another request; use a new key for a new request";
             Problem::new(problem::KEY_REUSED, detail)
         }
+        Refusal::NoSubscribers(topic) => {
+            let detail = format!(
+                "no queue wants this message of the topic {topic}; \
+                 PUT /admin/v1/topics/{topic}/subscriptions/NAME subscribes one"
+            );
+            Problem::new(problem::NO_SUBSCRIBERS, detail)
+        }
     }
 }
 
 impl Doors {
     /// Takes messages in, to the end even if the client goes away, and makes the queue where that is wanted.
-    async fn enqueue(
+    pub(super) async fn enqueue(
         &self,
-        queue: &QueueName,
+        to: &Destination,
         enqueue: Enqueue,
     ) -> Result<EnqueueOutcome, Problem> {
-        if !self.creates_queues() {
+        let queue = to.queue().filter(|_| self.creates_queues()).cloned();
+        let Some(queue) = queue else {
             // One transaction, which the store ends whether anybody waits for it or not.
             return Ok(self.pump().enqueue(enqueue).await?);
-        }
-        let (this, queue) = (self.clone(), queue.clone());
+        };
+        let this = self.clone();
         self.to_the_end(async move {
             let outcome = this.pump().enqueue(enqueue.clone()).await?;
             if !lacks_queue(&outcome) {
@@ -450,6 +397,18 @@ impl Doors {
         }
         Ok(())
     }
+
+    /// Refuses messages whose answers go to queues that are not there, before a handler has done its work for nothing.
+    pub(super) async fn check_replies(&self, messages: &[NewMessage]) -> Result<(), Problem> {
+        let replies = messages.iter().filter_map(|message| message.details.reply_to.as_ref());
+        for queue in replies.collect::<std::collections::BTreeSet<_>>() {
+            if self.pump().store().queue(queue).await?.is_none() {
+                let detail = format!("there is no queue {queue} for the answer");
+                return Err(Invalid::new("reply_to", detail).into());
+            }
+        }
+        Ok(())
+    }
 }
 
 fn lacks_queue(outcome: &EnqueueOutcome) -> bool {
@@ -463,5 +422,5 @@ fn lacks_queue(outcome: &EnqueueOutcome) -> bool {
 }
 
 const ENVELOPE: &str = "application/vnd.pumphouse.message+json";
-const BATCH_MAX: usize = 10_000;
-const BATCH_BYTES_MAX: usize = 16 * 1024 * 1024;
+/// How long a message is waited for at most.
+const WAIT_MAX: Duration = Duration::from_secs(60);

@@ -9,8 +9,10 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
 use url::Url;
 
+use crate::api::Allowed;
 use crate::model::{
-    Builtin, Handler, HttpHandler, Invalid, MASK, QueueName, QueueSettings, ReplicaName, parse_span,
+    Builtin, Format, Handler, HttpHandler, Invalid, MASK, QueueName, QueueSettings, ReplicaName,
+    parse_span,
 };
 
 use super::layers::{Found, Layers, Origin};
@@ -38,6 +40,8 @@ pub(super) struct Config {
     pub(super) drain_deadline: Duration,
     /// The largest message, in bytes.
     pub(super) body_limit: usize,
+    /// Which destinations messages may name.
+    pub(super) push_allow: Allowed,
     /// How to log.
     pub(super) log: Logging,
 }
@@ -123,6 +127,7 @@ impl Config {
                 .context("drain_deadline has a default")?,
             body_limit: read(layers, "body-limit", parse_size)?
                 .context("body_limit has a default")?,
+            push_allow: read(layers, "push-allow", Allowed::parse)?.unwrap_or_default(),
             log: Logging {
                 filter: read(layers, "log", parse_filter)?.context("log has a default")?,
                 json: read(layers, "log-format", parse_format)?.unwrap_or_default(),
@@ -194,14 +199,20 @@ fn read_queues(layers: &Layers) -> Result<Vec<(QueueName, Handler)>> {
 
 /// The handler that a URL stands for: an HTTP endpoint, or `log:` and `discard:` for those of the house.
 pub(super) fn parse_handler(text: &str) -> Result<Handler, String> {
-    let rule = "a handler is http://…, https://…, log: or discard:";
+    let rule = "a handler is http://…, https://…, pull:, log: or discard:";
     match text {
         "log:" => return Ok(Handler::Builtin { name: Builtin::Log }),
+        "pull:" => return Ok(Handler::Pull),
         "discard:" => return Ok(Handler::Builtin { name: Builtin::Discard }),
         _ => {}
     }
     let url = Url::parse(text).map_err(|_| rule.to_owned())?;
-    let http = HttpHandler { url, timeout: HANDLER_TIMEOUT, headers: Default::default() };
+    let http = HttpHandler {
+        url,
+        timeout: HANDLER_TIMEOUT,
+        headers: Default::default(),
+        format: Format::Binary,
+    };
     let settings = QueueSettings { handler: Handler::Http(http), ..QueueSettings::default() };
     settings
         .check()

@@ -209,7 +209,8 @@ fn handler_json(handler: &Handler, url: &str) -> Value {
         Handler::Builtin { name: Builtin::Discard } => {
             json!({ "kind": "builtin", "name": "discard" })
         }
-        Handler::Http(_) | Handler::Pull | Handler::Service => {
+        Handler::Pull => json!({ "kind": "pull" }),
+        Handler::Http(_) | Handler::Push(_) | Handler::Service => {
             json!({ "kind": "http", "url": url })
         }
     }

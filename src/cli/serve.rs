@@ -169,6 +169,7 @@ fn open_doors(
         metrics,
         config.body_limit,
         config.auto_create_queues,
+        config.push_allow.clone(),
         if config.insecure { Names::Any } else { Names::Local },
     );
     let serve = |listener, router| {

@@ -100,6 +100,14 @@ pub(super) const SETTINGS: &[Setting] = &[
         help: "The largest message that is taken: bytes, or with KiB or MiB",
     },
     Setting {
+        flag: "push-allow",
+        kind: Kind::Text("HOSTS"),
+        default: "",
+        help: "Which hosts messages may name as their destinations (POST /v1/push), separated by commas: \
+               hooks.example.com, *.example.com, localhost:9000, or * for every host that this machine \
+               can reach, those inside your network too. Without it none",
+    },
+    Setting {
         flag: "insecure",
         kind: Kind::Switch,
         default: "false",

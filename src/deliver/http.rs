@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, UNIX_EPOCH};
 
 use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_LENGTH, HOST, RETRY_AFTER};
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HOST, RETRY_AFTER};
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
@@ -17,7 +17,8 @@ use tower::service_fn;
 
 use crate::clock::Clock;
 use crate::model::{
-    ANSWER_HEADERS_KEPT, ANSWER_KEPT, Answer, ErrorKind, Failure, HttpHandler, Message, Verdict,
+    ANSWER_HEADERS_KEPT, ANSWER_KEPT, Answer, EVENT_TYPES, ErrorKind, Failure, Format, HttpHandler,
+    Reply, Verdict, check_text, event_attributes, event_json,
 };
 use crate::telemetry::traces;
 
@@ -47,7 +48,7 @@ pub fn http_handler(
 
 /// Where a handler is, with all that is the same for each delivery.
 #[derive(Debug)]
-struct Endpoint {
+pub(super) struct Endpoint {
     connections: Arc<Connections>,
     /// The URL's path and query.
     target: Uri,
@@ -56,11 +57,12 @@ struct Endpoint {
     headers: HeaderMap,
     /// How much is read of an answer that carries messages.
     answer_max: usize,
+    format: Format,
 }
 
 impl Endpoint {
     /// `None` for a URL without a host, which no queue can be given.
-    fn new(connector: Connector, to: &HttpHandler, answer_max: usize) -> Option<Self> {
+    pub(super) fn new(connector: Connector, to: &HttpHandler, answer_max: usize) -> Option<Self> {
         let uri = to.url.as_str().parse::<Uri>().ok()?;
         let target = uri.path_and_query().cloned().map_or(Uri::from_static("/"), Uri::from);
         let host = HeaderValue::try_from(uri.authority()?.as_str()).ok()?;
@@ -69,31 +71,38 @@ impl Endpoint {
             put(&mut headers, name, value);
         }
         let connections = Connections::new(connector, uri);
-        Some(Self { connections, target, host, headers, answer_max })
+        Some(Self { connections, target, host, headers, answer_max, format: to.format })
     }
 
-    async fn post(&self, clock: &dyn Clock, delivery: Delivery) -> Result<Answer, Failure> {
+    pub(super) async fn post(
+        &self,
+        clock: &dyn Clock,
+        delivery: Delivery,
+    ) -> Result<Answer, Failure> {
+        let wants_reply = delivery.message.head.details.reply_to.is_some();
         let request = self.request(delivery, clock.now());
         let (response, connection) = self.connections.send(request).await.map_err(unanswered)?;
         let (parts, body) = response.into_parts();
         let carries = Carries::of(&parts.headers);
         let (most, keep) = match carries {
             Carries::Messages | Carries::Events => (self.answer_max, self.answer_max),
+            Carries::Nothing if wants_reply => (self.answer_max, self.answer_max),
             Carries::Nothing => (ANSWER_READ_MAX, ANSWER_KEPT),
         };
         let body = read(body, keep, most).await?;
         if body.is_whole {
             connection.keep();
         }
-        meaning(&Response::from_parts(parts, ()), &body, carries, clock.now())
+        let answer = Response::from_parts(parts, ());
+        meaning(&answer, &body, (carries, wants_reply), clock.now())
     }
 
     /// The request for a delivery. Options of the message come first, then the queue's own headers, then
     /// ours, so that nobody outside can put on a name that a handler trusts.
     fn request(&self, delivery: Delivery, now: Timestamp) -> Request<Full<Bytes>> {
         let mut headers = HeaderMap::with_capacity(24);
-        let Delivery { message: Message { head, body }, attempt, max_attempts, replica, .. } =
-            delivery;
+        let Delivery { message, attempt, max_attempts, replica, .. } = delivery;
+        let head = &message.head;
         headers.insert(HOST, self.host.clone());
         for (name, value) in &head.details.headers {
             put(&mut headers, name, value);
@@ -104,20 +113,16 @@ impl Endpoint {
         let mut ours = |name: &'static str, value: &str| {
             put_as(&mut headers, HeaderName::from_static(name), value);
         };
-        if let Some(content_type) = &head.details.content_type {
-            ours("content-type", content_type);
+        let is_event = self.format == Format::Structured;
+        match &head.details.content_type {
+            _ if is_event => ours("content-type", EVENT_TYPES[0]),
+            Some(content_type) => ours("content-type", content_type),
+            None => (),
         }
         let id = head.id.to_string();
         let enqueued_at = head.enqueued_at.to_string();
         ours("webhook-id", &id);
         ours("webhook-timestamp", &now.as_second().to_string());
-        if head.details.event.is_empty() {
-            ours("ce-specversion", "1.0");
-            ours("ce-id", &id);
-            ours("ce-source", &format!("/queues/{}", head.queue));
-            ours("ce-type", head.kind.as_deref().unwrap_or("pumphouse.message"));
-            ours("ce-time", &enqueued_at);
-        }
         ours("pumphouse-queue", head.queue.as_str());
         ours("pumphouse-attempt", &attempt.to_string());
         ours("pumphouse-max-attempts", &max_attempts.to_string());
@@ -137,10 +142,18 @@ impl Endpoint {
                 ours(name, value);
             }
         }
-        // An event goes on as it came.
-        for (name, value) in &head.details.event {
-            put(&mut headers, &format!("ce-{name}"), value);
+        if let Some(published_id) = head.details.published_id {
+            ours("pumphouse-published-id", &published_id.to_string());
         }
+        let body = if is_event {
+            event_json(&message).into()
+        } else {
+            // An event goes on as it came, and a plain message as the event that it is to its handler.
+            for (name, value) in event_attributes(&message).iter() {
+                put(&mut headers, &format!("ce-{name}"), &value.to_string());
+            }
+            message.body
+        };
         // Said outright, because for an empty body the client would leave it out.
         headers.insert(CONTENT_LENGTH, HeaderValue::from(body.len()));
         let mut request = Request::new(Full::new(body));
@@ -201,7 +214,7 @@ async fn read(mut body: Incoming, keep: usize, most: usize) -> Result<Body, Fail
 fn meaning(
     answer: &Response<()>,
     body: &Body,
-    carries: Carries,
+    (carries, wants_reply): (Carries, bool),
     now: Timestamp,
 ) -> Result<Answer, Failure> {
     let excerpt = body.kept.slice(..body.kept.len().min(ANSWER_KEPT));
@@ -235,6 +248,18 @@ fn meaning(
             ));
         }
     };
+    let mut reply = Reply::default();
+    if verdict == Verdict::Ack && wants_reply {
+        if !body.is_whole {
+            let detail = "an answer that is sent on is not longer than the body limit";
+            return Err(failure(ErrorKind::TooLarge, detail.to_owned()));
+        }
+        let content_type = answer.headers().get(CONTENT_TYPE);
+        let content_type = content_type.and_then(|value| value.to_str().ok());
+        // One that no message can have is left out, rather than failing what was done.
+        let content_type = content_type.filter(|text| check_text(text).is_ok());
+        reply = Reply { content_type: content_type.map(str::to_owned), body: body.kept.clone() };
+    }
     let sent =
         match (&verdict, carries) {
             (Verdict::Ack, Carries::Messages | Carries::Events) if !body.is_whole => {
@@ -248,7 +273,7 @@ fn meaning(
             // Nothing is sent without an ack.
             (_, _) => Vec::new(),
         };
-    Ok(Answer { verdict, status: Some(status.as_u16()), excerpt, sent })
+    Ok(Answer { verdict, status: Some(status.as_u16()), excerpt, sent, reply })
 }
 
 /// The headers of an answer that a rule can ask for.

@@ -10,21 +10,24 @@ mod http;
 mod retry_after;
 mod sent;
 mod builtin;
+mod push;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use bytes::Bytes;
 use tower::util::BoxCloneSyncService;
 use tower::{Service, ServiceExt};
 
 use crate::model::{
-    Answer, ErrorKind, Failure, Form, Invalid, Message, NewMessage, ReplicaName, Verdict,
+    Answer, ErrorKind, Failure, Form, Invalid, Message, NewMessage, ReplicaName, Reply, Verdict,
 };
 
 pub use builtin::builtin;
 pub use connections::{Connector, connector};
 pub use http::http_handler;
 pub use pipeline::{Surroundings, pipeline};
+pub use push::push_handler;
 
 /// What a handler sees: one attempt at one message.
 #[derive(Clone)]
@@ -43,19 +46,32 @@ pub struct Delivery {
 
 /// What a handler sends: it leaves in the transaction that acks the message, or not at all. Clones share it.
 #[derive(Debug, Clone, Default)]
-pub struct Outbox(Arc<Mutex<Vec<NewMessage>>>);
+pub struct Outbox(Arc<Mutex<Contents>>);
+
+#[derive(Debug, Default)]
+struct Contents {
+    messages: Vec<NewMessage>,
+    reply: Reply,
+}
 
 impl Outbox {
     /// Puts a message in. Its id, its cause and, where it names none, its conversation follow from the message that
     /// is handled. A queue that does not exist, or is full, makes this delivery a failed one; so do more than 1,000
     /// messages, and one that has what no message may have (a group together with a delay, say).
     pub fn send(&self, message: NewMessage) {
-        self.lock().push(message);
+        self.lock().messages.push(message);
+    }
+
+    /// Says what goes to the queue that the message names for answers, if it names one; the last word counts. Without it
+    /// the answer is empty.
+    pub fn reply(&self, content_type: Option<&str>, body: impl Into<Bytes>) {
+        let content_type = content_type.map(str::to_owned);
+        self.lock().reply = Reply { content_type, body: body.into() };
     }
 
     /// What was put in, or what is wrong with it.
-    fn take(&self) -> Result<Vec<NewMessage>, String> {
-        let sent = std::mem::take(&mut *self.lock());
+    fn take(&self) -> Result<(Vec<NewMessage>, Reply), String> {
+        let Contents { messages: sent, reply } = std::mem::take(&mut *self.lock());
         if sent.len() > sent::SENT_MAX {
             return Err(format!("a delivery sends at most {} messages", sent::SENT_MAX));
         }
@@ -63,10 +79,10 @@ impl Outbox {
             let wrong = |wrong: Vec<Invalid>| format!("/messages/{place}{}", sent::first(&wrong));
             Form::Envelope.check(message).map_err(wrong)?;
         }
-        Ok(sent)
+        Ok((sent, reply))
     }
 
-    fn lock(&self) -> MutexGuard<'_, Vec<NewMessage>> {
+    fn lock(&self) -> MutexGuard<'_, Contents> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -75,6 +91,11 @@ impl Delivery {
     /// Sends a message together with the ack of this one; see [`Outbox::send`].
     pub fn send(&self, message: NewMessage) {
         self.outbox.send(message);
+    }
+
+    /// Answers whoever sent this message, if it names a queue for that; see [`Outbox::reply`].
+    pub fn reply(&self, content_type: Option<&str>, body: impl Into<Bytes>) {
+        self.outbox.reply(content_type, body);
     }
 }
 
@@ -131,13 +152,13 @@ where
                     let verdict = answer.into_verdict();
                     let malformed = |what| Failure::new(ErrorKind::Malformed, what);
                     // Nothing is sent without an ack.
-                    let sent = match &verdict {
+                    let (sent, reply) = match &verdict {
                         Verdict::Ack => outbox.take().map_err(malformed)?,
                         Verdict::Retry { .. }
                         | Verdict::DeadLetter { .. }
-                        | Verdict::Discard { .. } => Vec::new(),
+                        | Verdict::Discard { .. } => Default::default(),
                     };
-                    Ok(Answer { sent, ..Answer::from(verdict) })
+                    Ok(Answer { sent, reply, ..Answer::from(verdict) })
                 }
                 Err(error) => Err(Failure::new(ErrorKind::Handler, chain(&*error.into()))),
             }

@@ -7,11 +7,11 @@ use serde::Deserialize;
 use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 
-use crate::model::{Envelope, Idempotency, Invalid, NewMessage, QueueName, message_of_event};
+use crate::model::{Envelope, Event, Idempotency, Invalid, NewMessage};
 
 /// The media type of an answer that carries messages.
 const CARRIES: &str = "application/vnd.pumphouse.messages+json";
-/// One that carries CloudEvents, each of which names its queue in an extension.
+/// One that carries CloudEvents, each of which names its queue or its topic in an extension.
 const EVENTS: &str = "application/cloudevents-batch+json";
 /// How many messages an answer carries at most.
 pub(super) const SENT_MAX: usize = 1000;
@@ -40,7 +40,7 @@ impl Carries {
     }
 }
 
-/// An answer's body: `{"messages": [{"queue": "…", …envelope}]}`.
+/// An answer's body: `{"messages": [{"queue" or "topic": "…", …envelope}]}`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Body {
@@ -69,20 +69,22 @@ pub(super) fn read_events(body: &[u8]) -> Result<Vec<NewMessage>, String> {
         return Err(format!("an answer carries at most {SENT_MAX} events"));
     }
     let one = |(number, raw): (usize, &RawValue)| {
-        message_of_event(raw.get())
-            .map_err(|wrong| cut(&wrong.under(&format!("/{number}")).to_string()))
+        event(raw).map_err(|wrong| cut(&wrong.under(&format!("/{number}")).to_string()))
     };
     events.iter().map(|raw| &**raw).enumerate().map(one).collect()
+}
+
+fn event(raw: &RawValue) -> Result<NewMessage, Invalid> {
+    let mut event = Event::from_json(raw.get())?;
+    let to = event.take_destination()?;
+    Ok(event.into_message(to))
 }
 
 fn message(raw: &RawValue, now: Timestamp) -> Result<NewMessage, String> {
     let envelope = serde_json::from_str::<Envelope>(raw.get())
         .map_err(|error| format!(" is no envelope: {}", place(&error)))?;
-    let Some(queue) = envelope.queue.as_deref() else {
-        return Err("/queue: a message that is sent names its queue".to_owned());
-    };
-    let queue = QueueName::parse(queue).map_err(|wrong| format!("/queue: {}", wrong.detail))?;
-    let (mut message, key) = envelope.into_message(&queue, now).map_err(|wrong| first(&wrong))?;
+    let to = envelope.destination().map_err(|wrong| cut(&wrong.to_string()))?;
+    let (mut message, key) = envelope.into_message(to, now).map_err(|wrong| first(&wrong))?;
     if let Some(key) = key {
         let fingerprint = Sha256::digest(raw.get()).into();
         message.keys.push(Idempotency::new("message", &key, fingerprint));
@@ -120,8 +122,9 @@ mod tests {
     #[test]
     fn messages_are_read_in_order() {
         let sent = read(r#"{"messages": [{"queue": "a", "payload": {"n": 1}, "type": "t"}, {"queue": "b", "payload_base64": "eA=="}]}"#).unwrap();
-        let seen = sent.iter().map(|it| (it.queue.as_str(), &it.body[..])).collect::<Vec<_>>();
-        assert_eq!(seen, [("a", &br#"{"n": 1}"#[..]), ("b", &b"x"[..])]);
+        let queue = |it: &NewMessage| it.to.queue().unwrap().as_str().to_owned();
+        let seen = sent.iter().map(|it| (queue(it), &it.body[..])).collect::<Vec<_>>();
+        assert_eq!(seen, [("a".to_owned(), &br#"{"n": 1}"#[..]), ("b".to_owned(), &b"x"[..])]);
         assert_eq!(sent[0].kind.as_deref(), Some("t"));
         assert_eq!(read(r#"{"messages": []}"#).unwrap(), []);
     }

@@ -14,8 +14,8 @@ use serde::{Deserialize, Deserializer};
 use serde_json::value::RawValue;
 
 use super::{
-    DELAY_MAX, Details, IDEMPOTENCY_KEY_MAX, Idempotency, Invalid, NewMessage, PRIORITY_MAX,
-    PRIORITY_MIN, QueueName, TEXT_MAX, When, parse_span,
+    DELAY_MAX, Destination, Details, IDEMPOTENCY_KEY_MAX, Idempotency, Invalid, NewMessage,
+    PRIORITY_MAX, PRIORITY_MIN, QueueName, TEXT_MAX, TopicName, When, parse_span,
 };
 
 /// A message with its options, as JSON. Members that it does not know are refused.
@@ -24,6 +24,8 @@ use super::{
 pub struct Envelope {
     /// Where it is to go; only where many queues can be meant.
     pub queue: Option<String>,
+    /// To which topic it is to be published, in place of a queue.
+    pub topic: Option<String>,
     payload: Option<Box<RawValue>>,
     payload_base64: Option<String>,
     content_type: Option<String>,
@@ -41,6 +43,7 @@ pub struct Envelope {
     group: Option<String>,
     fairness_key: Option<String>,
     unique_while_pending: Option<String>,
+    reply_to: Option<String>,
 }
 
 /// How a message says its options; a mistake is reported under the name that the sender wrote.
@@ -53,10 +56,23 @@ pub enum Form {
 }
 
 impl Envelope {
-    /// The message for this queue, and its own idempotency key. `now` bounds how far ahead a time may lie.
+    /// Where it says that it is to go.
+    pub fn destination(&self) -> Result<Destination, Invalid> {
+        match (&self.queue, &self.topic) {
+            (Some(queue), None) => QueueName::parse(queue).map(Destination::Queue),
+            (None, Some(topic)) => TopicName::parse(topic).map(Destination::from),
+            (None, None) => {
+                Err(Invalid::new("queue", "a message that is sent names its queue or its topic"))
+            }
+            (Some(_), Some(_)) => Err(Invalid::new("topic", "queue and topic exclude each other")),
+        }
+        .map_err(|wrong| Invalid::new(format!("/{}", wrong.pointer), wrong.detail))
+    }
+
+    /// The message for this destination, and its own idempotency key. `now` bounds how far ahead a time may lie.
     pub fn into_message(
         self,
-        queue: &QueueName,
+        to: Destination,
         now: Timestamp,
     ) -> Result<(NewMessage, Option<String>), Vec<Invalid>> {
         let form = Form::Envelope;
@@ -73,7 +89,7 @@ impl Envelope {
                 return Err(one(Invalid::new("/payload", detail)));
             }
         };
-        let mut message = NewMessage::new(queue.clone(), body);
+        let mut message = NewMessage::new(to, body);
         message.kind = self.r#type;
         message.correlation_id = self.correlation_id;
         let span = |span: Option<Span>| span.map(|span| span.0);
@@ -87,6 +103,12 @@ impl Envelope {
             causation_id: self.causation_id,
             group: self.group,
             fairness_key: self.fairness_key,
+            reply_to: self
+                .reply_to
+                .as_deref()
+                .map(reply_to)
+                .transpose()
+                .map_err(|detail| one(Invalid::new("/reply_to", detail)))?,
             ..Details::default()
         };
         if let Some(key) = &self.unique_while_pending {
@@ -224,6 +246,11 @@ impl Form {
 pub fn moment(at: Timestamp, now: Timestamp) -> Result<When, &'static str> {
     let latest = now.checked_add(DELAY_MAX).unwrap_or(Timestamp::MAX);
     if at <= latest { Ok(When::At(at)) } else { Err("at most 366d from now") }
+}
+
+/// Reads the name of the queue to which an answer is to go.
+pub fn reply_to(text: &str) -> Result<QueueName, String> {
+    QueueName::parse(text).map_err(|wrong| wrong.detail)
 }
 
 /// Reads a priority.

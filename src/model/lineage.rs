@@ -1,6 +1,6 @@
 //! What a message that a handler sends has of the one that it handled.
 
-use super::{Head, MessageId, NewMessage};
+use super::{Details, Head, MessageId, NewMessage, Reply};
 
 /// What a handler sent while it handled `parent`, as it is to be stored: ids that follow from the parent's and the
 /// position, so that a repeat collapses onto the first one; the parent as cause; its conversation and its trace,
@@ -20,6 +20,15 @@ pub fn children(parent: &Head, sent: Vec<NewMessage>) -> Vec<NewMessage> {
         message
     };
     sent.into_iter().enumerate().map(child).collect()
+}
+
+/// The answer to a message as a message to the queue that it names for that, if it names one. It comes after all else
+/// that its handler sent.
+pub fn reply_to(parent: &Head, reply: Reply) -> Option<NewMessage> {
+    let queue = parent.details.reply_to.clone()?;
+    let Reply { content_type, body } = reply;
+    let details = Details { content_type, ..Details::default() };
+    Some(NewMessage { details, ..NewMessage::new(queue, body) })
 }
 
 #[cfg(test)]

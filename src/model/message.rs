@@ -7,9 +7,10 @@ use bytes::Bytes;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
+use url::Url;
 use uuid::Uuid;
 
-use super::{Invalid, QueueName, State};
+use super::{Attribute, Destination, Invalid, QueueName, State};
 
 /// The lowest priority a message can have.
 pub const PRIORITY_MIN: i8 = -100;
@@ -36,19 +37,40 @@ impl MessageId {
     /// The id of what is sent at this position while the message `parent` is handled: always the same, and nobody
     /// else's. It sorts beside its parent.
     pub fn child(parent: Self, position: usize) -> Self {
+        let position = (position as u64).to_be_bytes();
+        Self::derived(parent, b"pumphouse: sent while handled", &position)
+    }
+
+    /// An id that follows from another one, of which it has the time, and from what it is.
+    fn derived(from: Self, why: &[u8], what: &[u8]) -> Self {
         let mut hash = Sha256::new();
-        hash.update(b"pumphouse: sent while handled");
-        hash.update(parent.0.as_bytes());
-        hash.update((position as u64).to_be_bytes());
+        hash.update(why);
+        hash.update(from.0.as_bytes());
+        hash.update(what);
         let digest: [u8; 32] = hash.finalize().into();
         let mut bytes = [0; 16];
-        bytes[..6].copy_from_slice(&parent.0.as_bytes()[..6]); // the time of a version 7
+        bytes[..6].copy_from_slice(&from.0.as_bytes()[..6]); // the time of a version 7
         bytes[6..].copy_from_slice(&digest[..10]);
         Self(
             uuid::Builder::from_custom_bytes(bytes)
                 .with_version(uuid::Version::SortRand)
                 .into_uuid(),
         )
+    }
+
+    /// The id of the copy that a queue gets of what was published under this id: always the same, and nobody else's.
+    /// It sorts beside what was published.
+    pub fn copy(published: Self, queue: &QueueName) -> Self {
+        Self::derived(published, b"pumphouse: copy for a queue", queue.as_str().as_bytes())
+    }
+
+    /// The id of what a schedule sends when it is due at this moment: always the same, and nobody else's.
+    pub fn scheduled(schedule: &str, due: Timestamp) -> Self {
+        let micros = due.as_microsecond();
+        let mut time = [0; 16];
+        time[..6].copy_from_slice(&(micros / 1000).to_be_bytes()[2..]); // that of a version 7
+        let what = [&micros.to_be_bytes(), schedule.as_bytes()].concat();
+        Self::derived(Self(Uuid::from_bytes(time)), b"pumphouse: sent by a schedule", &what)
     }
 
     /// Reads an id as the API writes it.
@@ -95,8 +117,8 @@ pub enum When {
 pub struct NewMessage {
     /// Its name from now on.
     pub id: MessageId,
-    /// Where it is to wait.
-    pub queue: QueueName,
+    /// Where it is to go.
+    pub to: Destination,
     /// What it is about, for filters and for `ce-type`.
     pub kind: Option<String>,
     /// What conversation it belongs to.
@@ -117,10 +139,10 @@ pub struct NewMessage {
 
 impl NewMessage {
     /// A message with nothing but a payload, due now.
-    pub fn new(queue: QueueName, body: impl Into<Bytes>) -> Self {
+    pub fn new(to: impl Into<Destination>, body: impl Into<Bytes>) -> Self {
         Self {
             id: MessageId::new(),
-            queue,
+            to: to.into(),
             kind: None,
             correlation_id: None,
             details: Details::default(),
@@ -154,7 +176,16 @@ pub struct Details {
     pub fairness_key: Option<String>,
     /// The attributes and extensions of a CloudEvent, by name; empty for a message that is none.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub event: Vec<(String, String)>,
+    pub event: Vec<(String, Attribute)>,
+    /// Under which id it was published, if it is a copy of what was published to a topic.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub published_id: Option<MessageId>,
+    /// The queue to which the handler's answer goes, with its ack.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reply_to: Option<QueueName>,
+    /// Where it is to be delivered, if its queue sends each message where that says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub url: Option<Url>,
     /// W3C trace context of the sender.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub traceparent: Option<String>,

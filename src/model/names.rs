@@ -21,10 +21,46 @@ pub struct QueueName(Arc<str>);
 #[serde(try_from = "String", into = "String")]
 pub struct ReplicaName(Arc<str>);
 
+/// The name of a topic: the same alphabet as a queue's name.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct TopicName(Arc<str>);
+
+/// The name of a subscription to a topic: the same alphabet as a queue's name.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct SubscriptionName(Arc<str>);
+
+/// The name of a schedule: the same alphabet as a queue's name.
+#[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct ScheduleName(Arc<str>);
+
 impl QueueName {
     /// Parses a queue's name; fails with what is allowed.
     pub fn parse(text: &str) -> Result<Self, Invalid> {
         parse("queue", text).map(Self)
+    }
+}
+
+impl TopicName {
+    /// Parses a topic's name; fails with what is allowed.
+    pub fn parse(text: &str) -> Result<Self, Invalid> {
+        parse("topic", text).map(Self)
+    }
+}
+
+impl SubscriptionName {
+    /// Parses a subscription's name; fails with what is allowed.
+    pub fn parse(text: &str) -> Result<Self, Invalid> {
+        parse("subscription", text).map(Self)
+    }
+}
+
+impl ScheduleName {
+    /// Parses a schedule's name; fails with what is allowed.
+    pub fn parse(text: &str) -> Result<Self, Invalid> {
+        parse("schedule", text).map(Self)
     }
 }
 
@@ -86,6 +122,9 @@ macro_rules! text_name {
 
 text_name!(QueueName);
 text_name!(ReplicaName);
+text_name!(TopicName);
+text_name!(SubscriptionName);
+text_name!(ScheduleName);
 
 #[cfg(test)]
 mod tests {

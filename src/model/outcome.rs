@@ -49,11 +49,28 @@ pub struct Answer {
     pub excerpt: Bytes,
     /// What it wants to be sent: together with the ack, or not at all.
     pub sent: Vec<NewMessage>,
+    /// What goes to the queue that the message names for answers, with an ack.
+    pub reply: Reply,
+}
+
+/// An answer as a payload.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Reply {
+    /// Its media type, if it has one.
+    pub content_type: Option<String>,
+    /// Byte for byte; empty for an answer that says nothing but ack.
+    pub body: Bytes,
 }
 
 impl From<Verdict> for Answer {
     fn from(verdict: Verdict) -> Self {
-        Self { verdict, status: None, excerpt: Bytes::new(), sent: Vec::new() }
+        Self {
+            verdict,
+            status: None,
+            excerpt: Bytes::new(),
+            sent: Vec::new(),
+            reply: Reply::default(),
+        }
     }
 }
 

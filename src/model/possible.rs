@@ -41,6 +41,19 @@ impl QueueSettings {
             );
             rule(http.headers.len() <= 32, "/handler/headers", "at most 32 headers");
         }
+        if let Handler::Push(push) = &self.handler {
+            rule(
+                (SHORTEST..=LONGEST_TIMEOUT).contains(&push.timeout),
+                "/handler/timeout",
+                "a timeout is from 1ms to 12h",
+            );
+            rule(push.headers.len() <= 32, "/handler/headers", "at most 32 headers");
+            rule(
+                push.per_destination.is_none_or(|limit| (1..=LIMIT_MAX).contains(&limit)),
+                "/handler/per_destination",
+                "from 1 to 100000, or null for no limit",
+            );
+        }
         rule(
             self.concurrency.limit <= LIMIT_MAX,
             "/concurrency/limit",

@@ -102,8 +102,10 @@ pub enum Handler {
         /// Which one.
         name: Builtin,
     },
-    /// Nobody yet: messages wait until a worker takes them.
+    /// Workers, who come and take messages.
     Pull,
+    /// An HTTP endpoint that each message names itself.
+    Push(PushHandler),
     /// A `tower::Service` in the program that runs the pump.
     Service,
 }
@@ -120,6 +122,57 @@ pub struct HttpHandler {
     /// Headers that go along with every delivery; values are masked when read.
     #[serde(default)]
     pub headers: BTreeMap<String, String>,
+    /// How a message is written.
+    #[serde(default, skip_serializing_if = "Format::is_binary")]
+    pub format: Format,
+}
+
+/// Endpoints that messages name themselves. A breaker, and what an endpoint wants of all who call it, mean nothing here:
+/// one that is ill says nothing of the others.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PushHandler {
+    /// One deadline over connecting, TLS, headers and body.
+    #[serde(with = "micros")]
+    pub timeout: Duration,
+    /// Headers that go along with every delivery; values are masked when read.
+    #[serde(default)]
+    pub headers: BTreeMap<String, String>,
+    /// How a message is written.
+    #[serde(default, skip_serializing_if = "Format::is_binary")]
+    pub format: Format,
+    /// How many deliveries to one host may be open at once in each process; `None` for as many as the queue's gate lets
+    /// through.
+    pub per_destination: Option<u32>,
+}
+
+impl Default for PushHandler {
+    fn default() -> Self {
+        Self {
+            timeout: Duration::from_secs(30),
+            headers: BTreeMap::new(),
+            format: Format::Binary,
+            per_destination: Some(4),
+        }
+    }
+}
+
+/// How a message is written for an HTTP endpoint, in the words of the HTTP binding of CloudEvents.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Format {
+    /// The payload is the body, all else is in headers.
+    #[default]
+    Binary,
+    /// The body is a CloudEvent in the JSON format, with the payload in it.
+    Structured,
+}
+
+impl Format {
+    #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks like this")]
+    fn is_binary(&self) -> bool {
+        *self == Self::Binary
+    }
 }
 
 /// The handlers that come with the house.
@@ -324,7 +377,16 @@ impl QueueSettings {
     pub fn timeout(&self) -> Duration {
         match &self.handler {
             Handler::Http(http) => http.timeout,
+            Handler::Push(push) => push.timeout,
             Handler::Builtin { .. } | Handler::Pull | Handler::Service => Duration::from_secs(30),
+        }
+    }
+
+    /// Whether its handler is one that can be ill: then it has a breaker, and is heard when it wants to be left alone.
+    pub fn has_one_handler(&self) -> bool {
+        match self.handler {
+            Handler::Http(_) | Handler::Builtin { .. } | Handler::Service => true,
+            Handler::Push(_) | Handler::Pull => false,
         }
     }
 

@@ -9,6 +9,7 @@ mod rate;
 mod props;
 mod recovery;
 mod simulate;
+mod timetable;
 
 pub use adaptive::{Adaptive, Load, Sample};
 pub use backoff::wait;
@@ -17,3 +18,4 @@ pub use care::company;
 pub use rate::{Bucket, Rate};
 pub use recovery::{Decision, after_failure, after_probe, after_verdict, says_ill};
 pub use simulate::{Step, simulate};
+pub use timetable::{Due, Times};

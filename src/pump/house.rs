@@ -26,6 +26,7 @@ use super::care::Care;
 use super::ceiling::Ceiling;
 use super::embed::Queue;
 use super::keeper;
+use super::outcomes::Outcomes;
 use super::round;
 
 /// A message pump over one store. Cheap to clone; all clones are the same pump.
@@ -120,6 +121,7 @@ pub(super) struct House {
     pub(super) services: HashMap<QueueName, Handler>,
     pub(super) ceiling: Arc<Ceiling>,
     pub(super) care: Arc<Care>,
+    pub(super) outcomes: Arc<Outcomes>,
     known: Mutex<Known>,
     pumps: Mutex<BTreeMap<QueueName, Arc<QueuePump>>>,
     /// Pumps of queues that were deleted while something of them was open. Locked after `pumps`.
@@ -170,6 +172,22 @@ impl Pumphouse {
     /// This process' name.
     pub fn replica(&self) -> &ReplicaName {
         &self.0.replica
+    }
+
+    pub(super) fn house(&self) -> &Arc<House> {
+        &self.0
+    }
+
+    pub(super) fn outcomes(&self) -> &Arc<Outcomes> {
+        &self.0.outcomes
+    }
+
+    pub(super) fn leaving(&self) -> &CancellationToken {
+        &self.0.leaving
+    }
+
+    pub(super) fn queue_pump(&self, queue: &QueueName) -> Option<Arc<QueuePump>> {
+        self.0.lock_pumps().get(queue).cloned()
     }
 
     /// Takes messages in. See [`Store::enqueue`]. **Fails** with [`Rejected`](store::Error::Rejected) where one of them has
@@ -348,6 +366,7 @@ impl Builder {
             services: self.queues.into_iter().map(|queue| (queue.name, queue.handler)).collect(),
             ceiling: Ceiling::new(CEILING_DEFAULT),
             care: Arc::default(),
+            outcomes: Arc::default(),
             known: Mutex::new(known),
             pumps: Mutex::default(),
             gone: Mutex::default(),
@@ -386,6 +405,7 @@ impl House {
         self.tasks.spawn(keeper::sweep(c.0, c.1));
         self.tasks.spawn(Arc::clone(self).keep_in_line());
         self.tasks.spawn(Arc::clone(self).mind_own_silence());
+        self.tasks.spawn(Arc::clone(self).keep_schedules());
     }
 
     pub(super) fn stopped(&self, stop: Stop) -> Stopped {

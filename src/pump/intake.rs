@@ -87,6 +87,7 @@ impl QueuePump {
             duration: self.setup().settings.lease(),
             replica: self.replica.clone(),
             urgent_only: mode == Mode::UrgentOnly,
+            out_max: None,
         };
         self.store.lease(claim).await
     }
@@ -212,7 +213,7 @@ impl Taker for Reserved {
 }
 
 /// How long an idle queue waits for news before it looks by itself.
-const IDLE_POLL: Duration = Duration::from_secs(4);
+pub(super) const IDLE_POLL: Duration = Duration::from_secs(4);
 /// The first and the longest pause after a claim that failed, or that was for nothing.
 const PAUSE_MIN: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(3);

@@ -18,6 +18,7 @@ use crate::telemetry::metrics::QueueMeters;
 use super::ceiling::Below;
 use super::gate::Gate;
 use super::house::{House, Stop, StopReport};
+use super::pull::Turnstile;
 use super::round::{self, Mode, Round};
 use super::{QueuePump, SETTLEMENTS_WAITING_MAX, Setup};
 
@@ -271,6 +272,9 @@ impl House {
             fair: AtomicBool::new(false),
             usual: AtomicU64::new(0),
             usual_size: AtomicU64::new(0),
+            turnstile: Turnstile::default(),
+            destinations: Arc::default(),
+            outcomes: Arc::clone(&self.outcomes),
         };
         pumps.insert(queue.name.clone(), Arc::new(pump));
     }
@@ -286,6 +290,10 @@ impl House {
                 let (connector, clock) = (self.connector.clone(), Arc::clone(&self.clock));
                 Some(deliver::http_handler(connector, http, clock, self.answer_max))
             }
+            model::Handler::Push(push) => {
+                let (connector, clock) = (self.connector.clone(), Arc::clone(&self.clock));
+                Some(deliver::push_handler(connector, push, clock, self.answer_max))
+            }
             model::Handler::Builtin { name } => Some(deliver::builtin(*name)),
             model::Handler::Service => self.services.get(name).cloned(),
             model::Handler::Pull => None,
@@ -298,7 +306,10 @@ impl House {
 
 /// What a queue's pump is to do, if anything.
 fn mode(pump_state: &RunState, queue: &QueueRecord, pump: &QueuePump) -> Option<Mode> {
-    pump.setup().handler.as_ref()?;
+    let setup = pump.setup();
+    if setup.handler.is_none() && setup.settings.handler != model::Handler::Pull {
+        return None;
+    }
     match (pump_state, &queue.state) {
         (RunState::Stopped(_), _) => None,
         (RunState::Running, RunState::Stopped(_)) => Some(Mode::UrgentOnly),

@@ -18,7 +18,11 @@ mod house;
 mod intake;
 mod keeper;
 mod line_up;
+mod outcomes;
 mod pace;
+mod pull;
+mod destinations;
+mod schedules;
 mod round;
 mod settler;
 mod shares;
@@ -35,7 +39,7 @@ use crate::clock::Clock;
 use crate::deliver::{Delivery, Handler, Outbox};
 use crate::model::{
     Answer, DeliveryRecord, ErrorKind, Failure, Lease, Leased, NewMessage, Outcome, QueueName,
-    QueueSettings, ReplicaName, Settlement, Tries, children,
+    QueueSettings, ReplicaName, Settlement, Tries, answer_to, children,
 };
 use crate::policy::{self, Decision};
 use crate::store::{Settle, Store, target_gone};
@@ -43,13 +47,18 @@ use crate::telemetry::metrics::QueueMeters;
 
 use care::Care;
 use ceiling::{Below, Ceiling};
+use destinations::Destinations;
 use gate::{Gate, Slot};
 use guarding::{Guarding, Step};
+use outcomes::Outcomes;
 use pace::Pace;
+use pull::Turnstile;
 use round::{Mode, Round};
 
 pub use embed::Queue;
 pub use house::{Builder, Overview, Pumphouse, QueueOverview, Stop, StopReport};
+pub use outcomes::Watch;
+pub use pull::{Heard, PULL_MAX, Pull, Pulled, WorkersWord};
 
 /// The pump of one queue in one process.
 struct QueuePump {
@@ -85,6 +94,11 @@ struct QueuePump {
     usual: AtomicU64,
     /// How many bytes of payload a message usually has.
     usual_size: AtomicU64,
+    /// Who waits for messages to take them away.
+    turnstile: Turnstile,
+    /// What is open to which host, where messages name it themselves.
+    destinations: Arc<Destinations>,
+    outcomes: Arc<Outcomes>,
 }
 
 /// What may change while a queue runs.
@@ -112,6 +126,7 @@ struct Slots {
     queue: Slot,
     _ceiling: ceiling::Place,
     _care: care::Place,
+    _destination: destinations::Place,
 }
 
 impl QueuePump {
@@ -125,12 +140,14 @@ impl QueuePump {
         while let Some(Held { leased: next, since }) = next(&mut leased, &round).await {
             learn(&self.usual_size, next.message.body.len() as u64);
             let setup = self.setup();
-            let Some(care) = self.approach(&next, &setup.settings, round.mode) else {
+            let care = self.approach(&next, &setup.settings, round.mode);
+            let destination = self.enter_destination(&next.message.head, &setup.settings);
+            let (Some(care), Some(destination)) = (care, destination) else {
                 self.hold_no_longer();
                 round.tasks.spawn(Arc::clone(&self).let_wait(next, Arc::clone(&round)));
                 continue;
             };
-            let slots = self.enter_in_time(&next, since, &setup, &round, care).await;
+            let slots = self.enter_in_time(&next, since, &setup, &round, (care, destination)).await;
             self.hold_no_longer();
             // Looked at again, because it may have waited for its turn: the gate may be shut by now.
             let was_shut = slots.as_ref().is_some_and(|slots| !slots.queue.is_current());
@@ -182,11 +199,17 @@ impl QueuePump {
         let attempt = Attempt { setup: Arc::clone(&setup), tries, started_at, took, age, step };
         let decision = self.judge(&attempt, &outcome);
         self.learn_pace(took, &outcome, &setup.settings);
-        let telling = self.heed(&outcome, &decision, &setup.settings, step);
+        let is_heard = setup.settings.has_one_handler();
+        let telling =
+            if is_heard { self.heed(&outcome, &decision, &setup.settings, step) } else { None };
         learn(&self.usual, u64::try_from(took.as_micros()).unwrap_or(u64::MAX).max(1));
         let Leased { lease, message, .. } = leased;
         let sent = match &outcome {
-            Ok(answer) => children(&message.head, answer.sent.clone()), // shares the payloads' bytes
+            Ok(answer) => {
+                let mut sent = answer.sent.clone(); // shares the payloads' bytes
+                sent.extend(answer_to(&message.head, answer.reply.clone()));
+                children(&message.head, sent)
+            }
             Err(_) => Vec::new(),
         };
         drop(message);
@@ -252,14 +275,14 @@ impl QueuePump {
         since: Instant,
         setup: &Setup,
         round: &Round,
-        care: care::Place,
+        places: (care::Place, destinations::Place),
     ) -> Option<Slots> {
         let (lease, timeout) = (setup.settings.lease(), setup.settings.timeout());
         let needed = timeout + (lease.saturating_sub(timeout) / 2).min(SETTLE_TIME);
         let patience = || next.lease.left(Instant::now()).checked_sub(needed);
         let held = HELD_MAX.saturating_sub(since.elapsed());
         let held = if round.mode == Mode::UrgentOnly { patience()? } else { held };
-        let entered = tokio::time::timeout(patience()?, self.enter(held, care));
+        let entered = tokio::time::timeout(patience()?, self.enter(held, places));
         let slots = round.closed.run_until_cancelled(entered).await?.ok()??;
         // Looked at again: a process that stood still finds both the place and the end of its patience.
         patience().map(|_| slots)
@@ -268,7 +291,11 @@ impl QueuePump {
     /// The queue's own gate first, so that a queue that is full waits without holding a place that
     /// another queue could use. Waits there, and for its turn by the rate limit, for at most `patience`; looks at
     /// least once.
-    async fn enter(&self, patience: Duration, care: care::Place) -> Option<Slots> {
+    async fn enter(
+        &self,
+        patience: Duration,
+        (care, destination): (care::Place, destinations::Place),
+    ) -> Option<Slots> {
         let until = tokio::time::Instant::now().checked_add(patience);
         let gate_and_turn = async {
             let queue = self.gate.enter().await;
@@ -283,7 +310,12 @@ impl QueuePump {
             let ceiling = self.ceiling.enter(&self.below).await;
             // Last of all, so that no token is lost.
             if self.take_token() {
-                return Some(Slots { queue, _ceiling: ceiling, _care: care });
+                return Some(Slots {
+                    queue,
+                    _ceiling: ceiling,
+                    _care: care,
+                    _destination: destination,
+                });
             }
             drop(ceiling);
             self.in_turn().await;
@@ -443,7 +475,10 @@ impl QueuePump {
         self.meters.running.set(if mode == Some(Mode::All) { 1.0 } else { 0.0 });
         if let Some(mode) = mode {
             let round = Arc::new(Round::new(mode));
-            round.tasks.spawn(Arc::clone(self).run(Arc::clone(&round)));
+            // Where workers come and take, nothing is leased ahead of them.
+            if self.setup().handler.is_some() {
+                round.tasks.spawn(Arc::clone(self).run(Arc::clone(&round)));
+            }
             rounds.push(round);
         }
     }

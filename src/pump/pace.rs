@@ -114,6 +114,15 @@ impl QueuePump {
         Some(bucket.within(AHEAD, rate, now))
     }
 
+    /// How many may start now; `None` for as many as there are.
+    pub(super) fn can_start_now(&self) -> Option<usize> {
+        let rate = self.rate()?;
+        let now = Instant::now();
+        let mut pace = self.pace();
+        let bucket = pace.bucket.get_or_insert_with(|| Bucket::new(rate, now));
+        Some(bucket.within(Duration::ZERO, rate, now))
+    }
+
     fn rate(&self) -> Option<Rate> {
         let setup = self.setup();
         let limit = setup.settings.rate_limit.as_ref()?;

@@ -73,8 +73,17 @@ impl QueuePump {
         written
     }
 
-    fn count(&self, settle: &Settle, age: Duration) {
+    pub(super) fn count(&self, settle: &Settle, age: Duration) {
         let outcome = Outcome::from(&settle.settlement);
+        match &settle.settlement {
+            Settlement::Ack | Settlement::DeadLetter { .. } | Settlement::Discard { .. } => {
+                self.outcomes.tell(settle.lease.id);
+            }
+            Settlement::Retry { .. }
+            | Settlement::Postpone { .. }
+            | Settlement::Move { .. }
+            | Settlement::Release => (),
+        }
         if settle.delivery.is_some() {
             self.meters.deliveries(outcome).increment(1);
         }

@@ -9,6 +9,9 @@ use crate::model::{QueueName, State, When};
 /// The number under which messages are counted that wait for their turn in a group; that of no state.
 pub(super) const BEHIND: i16 = 8;
 
+/// The number of the queue to which keys of topics belong; that of none.
+pub(super) const OF_TOPICS: i64 = 0;
+
 /// When a key expires that counts as long as its message can be delivered.
 pub(super) const WHILE_PENDING: i64 = -1;
 

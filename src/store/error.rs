@@ -71,12 +71,17 @@ pub(crate) fn check(message: &NewMessage) -> Result<()> {
 
 /// Why what a handler sent is not taken in: its message at this place was refused.
 pub(super) fn not_sent(place: usize, refusal: &Refusal) -> String {
-    let why = match refusal {
+    format!("/messages/{place} is not sent: {}", why(refusal))
+}
+
+/// Why a message was refused, in a sentence.
+pub(crate) fn why(refusal: &Refusal) -> String {
+    match refusal {
         Refusal::NoSuchQueue(queue) => format!("there is no queue {queue}"),
         Refusal::QueueFull(queue) => {
             format!("the queue {queue} has as many messages as its max_messages allows")
         }
+        Refusal::NoSubscribers(topic) => format!("no queue wants what is published to {topic}"),
         Refusal::KeyReused => "its idempotency key came before with another request".to_owned(),
-    };
-    format!("/messages/{place} is not sent: {why}")
+    }
 }

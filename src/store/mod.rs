@@ -19,6 +19,8 @@ mod counting;
 mod error;
 mod handover;
 mod upkeep;
+mod topics;
+mod schedules;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod place;
 mod news;
@@ -40,14 +42,17 @@ use jiff::Timestamp;
 
 use crate::clock::Clock;
 use crate::model::{
-    DeliveryRecord, Guard, GuardChange, Idempotency, Lease, Leased, MessageId, NewMessage,
-    QueueName, QueueRecord, QueueSettings, Record, ReplicaName, RunState, Settlement, State, When,
+    DeliveryRecord, Guard, GuardChange, Held, Idempotency, Lease, Leased, MessageId, NewMessage,
+    QueueName, QueueRecord, QueueSettings, Record, ReplicaName, RunState, Schedule, ScheduleName,
+    ScheduleRecord, ScheduleState, Settlement, State, Subscription, SubscriptionName, Ticket,
+    TopicName, When,
 };
 
 use counting::count_enqueued;
-pub(crate) use error::check;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
 use error::not_sent;
 pub use error::{Cause, Error, Result};
+pub(crate) use error::{check, why};
 use upkeep::EXPIRED;
 
 pub use handover::{Handover, Taker};
@@ -57,8 +62,10 @@ pub use news::News;
 use place::{NewLease, Place};
 #[cfg(feature = "postgres")]
 pub use postgres::Postgres;
+pub use schedules::PutSchedule;
 #[cfg(feature = "sqlite")]
 pub use sqlite::Sqlite;
+pub use topics::{Copied, Published, PutSubscription, TOPIC_WINDOW};
 pub use upkeep::{Attendance, Attended, Promoted, Reaped, Swept, Want};
 
 /// What a store promises. See the [module](self) for what holds for every method.
@@ -70,7 +77,9 @@ pub trait Store: Debug + Send + Sync + 'static {
     ///
     /// **Twice**: a message whose key is known is answered with the first one's receipt, on a full queue
     /// too. A key counts for its queue's `dedup_window`, and as long as its message can still be
-    /// delivered or is dead.
+    /// delivered or is dead; those of what is published count for [`TOPIC_WINDOW`], wherever the copies are.
+    ///
+    /// **Topics**: a message to a topic becomes a copy in each queue that wants it, all of them or none.
     async fn enqueue(&self, enqueue: Enqueue) -> Result<EnqueueOutcome>;
 
     // Pumping
@@ -93,6 +102,9 @@ pub trait Store: Debug + Send + Sync + 'static {
     /// **Twice**, or with a token that is not the message's current one, or after the lease has run out
     /// by the database's clock: [`Settled::LeaseLost`], and nothing changes, nothing is sent.
     async fn settle(&self, settle: Settle) -> Result<Settled>;
+
+    /// What is known of leases that somebody outside of this program holds; in order, `None` for those that are lost.
+    async fn held(&self, tickets: Vec<Ticket>) -> Result<Vec<Option<Held>>>;
 
     /// Prolongs leases to `duration` from now; in order, `false` for those that are lost.
     async fn renew(&self, leases: Vec<Lease>, duration: Duration) -> Result<Vec<bool>>;
@@ -195,6 +207,42 @@ pub trait Store: Debug + Send + Sync + 'static {
     /// `None` where there is no such queue.
     async fn guard(&self, queue: &QueueName, change: GuardChange) -> Result<Option<Guard>>;
 
+    // Topics and schedules
+
+    /// All subscriptions, by topic and name.
+    async fn subscriptions(&self) -> Result<Vec<Subscription>>;
+
+    /// Makes a subscription, or replaces the one of this name; in force for the next publish on every replica.
+    async fn put_subscription(&self, subscription: Subscription) -> Result<PutSubscription>;
+
+    /// Ends a subscription; `false` where there is none. What was published before stays. Those of a queue end with it.
+    async fn delete_subscription(&self, topic: &TopicName, name: &SubscriptionName)
+    -> Result<bool>;
+
+    /// All schedules, by name. One that cannot be read is left out, with a line in the log.
+    async fn schedules(&self) -> Result<Vec<ScheduleRecord>>;
+
+    /// Makes a schedule, or replaces what it says, if `precondition` holds; it is due next at `next_at`. What it has
+    /// sent stays remembered.
+    async fn put_schedule(
+        &self,
+        name: &ScheduleName,
+        schedule: Schedule,
+        next_at: Option<Timestamp>,
+        precondition: Precondition,
+    ) -> Result<PutSchedule>;
+
+    /// Says how far a schedule has come, if it still has this version: one of all replicas does. Its version grows.
+    async fn turn_schedule(
+        &self,
+        name: &ScheduleName,
+        version: i64,
+        state: ScheduleState,
+    ) -> Result<bool>;
+
+    /// Deletes a schedule; `false` where there is none.
+    async fn delete_schedule(&self, name: &ScheduleName) -> Result<bool>;
+
     /// Whether the whole pump is to run, and its ceiling over all queues.
     async fn pump(&self) -> Result<PumpRecord>;
 
@@ -255,6 +303,8 @@ pub enum Enqueued {
     New(Receipt),
     /// The same request came before, and this was its answer.
     Duplicate(Receipt),
+    /// It was published.
+    Published(Published),
     /// It was not taken.
     Refused(Refusal),
 }
@@ -283,6 +333,8 @@ pub enum Refusal {
     QueueFull(QueueName),
     /// Its idempotency key belongs to another request.
     KeyReused,
+    /// No queue wants what was published, and one was asked for.
+    NoSubscribers(TopicName),
 }
 
 /// How many bytes of payload one claim reads from a database: where there are more, it takes fewer messages
@@ -303,6 +355,9 @@ pub struct Claim {
     pub replica: ReplicaName,
     /// Only those that an operator wants run now, although the queue is stopped.
     pub urgent_only: bool,
+    /// For somebody outside of this process, who keeps what is leased when the process ends: then at most so many of
+    /// the queue's messages are leased in all, those of other processes too. `None` for this process itself.
+    pub out_max: Option<u32>,
 }
 
 /// What became of a leased message.
@@ -527,7 +582,16 @@ pub(crate) fn target_gone(reason: &str, to_queue: &QueueName) -> String {
 fn refusals(answers: &[Enqueued]) -> Vec<(usize, Refusal)> {
     let refusal = |(position, answer): (usize, &Enqueued)| match answer {
         Enqueued::Refused(refusal) => Some((position, refusal.clone())),
-        Enqueued::New(_) | Enqueued::Duplicate(_) => None,
+        Enqueued::New(_) | Enqueued::Duplicate(_) | Enqueued::Published(_) => None,
     };
     answers.iter().enumerate().filter_map(refusal).collect()
+}
+
+/// Whether something was taken in that was not there before.
+fn is_new(answer: &Enqueued) -> bool {
+    match answer {
+        Enqueued::New(_) => true,
+        Enqueued::Published(published) => !published.duplicate,
+        Enqueued::Duplicate(_) | Enqueued::Refused(_) => false,
+    }
 }

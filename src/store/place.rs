@@ -76,12 +76,12 @@ impl NewLease {
     pub(super) fn handed(
         self,
         seq: i64,
-        message: &NewMessage,
+        (queue, message): (&QueueName, &NewMessage),
         now: Timestamp,
         expires_at: Option<Timestamp>,
     ) -> (Place, Leased) {
         let token = self.token(seq);
         let lease = Lease { seq, id: message.id, token, until: self.until.1 };
-        (self.place, Leased::from_new(message, lease, now, expires_at))
+        (self.place, Leased::from_new(message, queue, lease, now, expires_at))
     }
 }

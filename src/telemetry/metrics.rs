@@ -1,6 +1,6 @@
 //! Every metric: name, kind, unit, labels and help, in one list. Nobody else makes one.
 //!
-//! Labels are bounded: queue names, and words of this program. Never ids, URLs or keys.
+//! Labels are bounded: names of queues and topics, and words of this program. Never ids, URLs or keys.
 #![expect(clippy::disallowed_macros, reason = "the one place where metrics are made")]
 
 use std::collections::HashMap;
@@ -8,7 +8,7 @@ use std::sync::{LazyLock, PoisonError, RwLock};
 
 use metrics::{Counter, Gauge, Histogram, Unit, counter, gauge, histogram};
 
-use crate::model::{Outcome, QueueName, State};
+use crate::model::{Outcome, QueueName, State, TopicName};
 
 /// What there is to know about one metric.
 #[derive(Debug, Clone, Copy)]
@@ -49,6 +49,8 @@ macro_rules! metrics {
 metrics! {
     ENQUEUED = "pumphouse_messages_enqueued_total", Counter, Count, ["queue"], "Messages taken in and committed.";
     DUPLICATE = "pumphouse_messages_duplicate_total", Counter, Count, ["queue"], "Repeats answered from an idempotency key.";
+    PUBLISHED = "pumphouse_messages_published_total", Counter, Count, ["topic"], "Messages published to a topic; those that no queue wanted have an empty label.";
+    PUBLISHED_AGAIN = "pumphouse_publications_duplicate_total", Counter, Count, ["topic"], "Repeated publishes answered from an idempotency key.";
     DELIVERIES = "pumphouse_deliveries_total", Counter, Count, ["queue", "outcome"], "Deliveries settled, by how they ended.";
     COMPLETED = "pumphouse_messages_completed_total", Counter, Count, ["queue"], "Messages a handler acknowledged.";
     DEAD = "pumphouse_messages_dead_total", Counter, Count, ["queue"], "Messages set aside as dead letters.";
@@ -139,6 +141,17 @@ pub fn enqueued(queue: &QueueName) -> Counter {
 /// Repeats that a queue recognised.
 pub fn duplicates(queue: &QueueName) -> Counter {
     counter!(DUPLICATE, "queue" => queue.as_str().to_owned())
+}
+
+/// Messages that were published to a topic; to any that nobody wanted, without one, because anybody can publish to
+/// any name.
+pub fn published(topic: Option<&TopicName>) -> Counter {
+    counter!(PUBLISHED, "topic" => topic.map_or("", TopicName::as_str).to_owned())
+}
+
+/// Repeated publishes that were recognised; see [`published`].
+pub fn published_again(topic: Option<&TopicName>) -> Counter {
+    counter!(PUBLISHED_AGAIN, "topic" => topic.map_or("", TopicName::as_str).to_owned())
 }
 
 /// Messages of a queue that expired.

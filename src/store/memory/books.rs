@@ -13,10 +13,11 @@ use jiff::Timestamp;
 
 use crate::model::{
     DELIVERIES_KEPT, DeliveryRecord, GroupOnDead, Guard, MessageId, QueueName, QueueSettings,
-    Record, ReplicaName, RunState, State, Token,
+    Record, ReplicaName, RunState, ScheduleName, ScheduleRecord, State, Subscription,
+    SubscriptionName, Token, TopicName,
 };
 
-use super::super::{CEILING_DEFAULT, News, PumpRecord, Receipt};
+use super::super::{CEILING_DEFAULT, News, Published, PumpRecord, Receipt};
 
 /// All that the store knows.
 #[derive(Debug)]
@@ -30,9 +31,11 @@ pub(super) struct Books {
     /// By when their lease runs out.
     leased: BTreeSet<(Timestamp, i64)>,
     pub(super) queues: BTreeMap<QueueName, Queue>,
-    pub(super) keys: HashMap<(QueueName, [u8; 16]), Key>,
+    pub(super) keys: HashMap<KeyName, Key>,
     /// Keys that no longer counted and were replaced in this transaction, in case it is undone.
-    pub(super) replaced: Vec<((QueueName, [u8; 16]), Key)>,
+    pub(super) replaced: Vec<(KeyName, Key)>,
+    pub(super) subscriptions: BTreeMap<(TopicName, SubscriptionName), Subscription>,
+    pub(super) schedules: BTreeMap<ScheduleName, ScheduleRecord>,
     pub(super) pump: PumpRecord,
     pub(super) revision: i64,
     groups: HashMap<GroupName, Group>,
@@ -114,8 +117,39 @@ pub(super) struct Key {
     pub(super) fingerprint: [u8; 32],
     /// It counts at least until then; `None` where it counts as long as its message can be delivered.
     pub(super) until: Option<Timestamp>,
-    /// The message's arrival and the answer its sender got; `None` for a key over a whole batch.
-    pub(super) answer: Option<(i64, Receipt)>,
+    pub(super) answer: Answer,
+}
+
+/// Where a key is known: in a queue, or, as one of a topic, in none.
+pub(super) type KeyName = (Option<QueueName>, [u8; 16]);
+
+/// What was answered to the request with a key.
+#[derive(Debug, Clone)]
+pub(super) enum Answer {
+    /// It was over a whole batch, and has no answer of its own.
+    Nothing,
+    /// The message's arrival, and the receipt.
+    Message(i64, Receipt),
+    /// The number of what was published in the order of arrival, and the answer.
+    Published(i64, Published),
+}
+
+impl Answer {
+    /// The message whose key it is.
+    pub(super) fn message(&self) -> Option<i64> {
+        match self {
+            Self::Message(seq, _) => Some(*seq),
+            Self::Nothing | Self::Published(..) => None,
+        }
+    }
+
+    /// Whether it was given before this number was the next one.
+    pub(super) fn is_before(&self, first_seq: i64) -> bool {
+        match self {
+            Self::Message(seq, _) | Self::Published(seq, _) => *seq < first_seq,
+            Self::Nothing => true,
+        }
+    }
 }
 
 impl Default for Books {
@@ -129,6 +163,8 @@ impl Default for Books {
             queues: BTreeMap::new(),
             keys: HashMap::new(),
             replaced: Vec::new(),
+            subscriptions: BTreeMap::new(),
+            schedules: BTreeMap::new(),
             pump: PumpRecord { state: RunState::Running, ceiling: CEILING_DEFAULT },
             revision: 1,
             groups: HashMap::new(),
@@ -143,6 +179,12 @@ impl Books {
     /// The number that the next message gets.
     pub(super) fn next_seq(&self) -> i64 {
         self.next_seq
+    }
+
+    /// Takes the next number for something that is no message.
+    pub(super) fn take_seq(&mut self) -> i64 {
+        self.next_seq += 1;
+        self.next_seq - 1
     }
 
     /// Puts a message at the end of the order of arrival.

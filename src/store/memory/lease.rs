@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use crate::model::{Lease, Leased, Message, State, Token};
+use crate::model::{self, Lease, Leased, Message, State, Ticket, Token};
 
 use super::super::Claim;
 use super::books::{Books, Hold, Place, Row, after};
@@ -13,6 +13,13 @@ impl Books {
     /// Claims in the order of lease. `asked` is the monotonic time at which the caller asked.
     pub(super) fn lease(&mut self, claim: &Claim, asked: Instant, now: Timestamp) -> Vec<Leased> {
         let Some(queue) = self.queues.get(&claim.queue) else { return Vec::new() };
+        let out = queue.count(State::Leased);
+        let free = claim.out_max.map_or(u64::MAX, |most| u64::from(most).saturating_sub(out));
+        let max = claim.max.min(usize::try_from(free).unwrap_or(usize::MAX));
+        if max == 0 {
+            return Vec::new();
+        }
+        let claim = &Claim { max, ..claim.clone() };
         let in_turn = !claim.urgent_only && queue.ready.iter().any(|(_, lane, ..)| *lane != 0);
         let chosen = if in_turn { self.in_turn(claim, now) } else { self.in_order(claim, now) };
         let until = asked + claim.duration;
@@ -52,6 +59,21 @@ impl Books {
             self.last_lanes.insert(claim.queue.clone(), lanes[*turn]);
         }
         chosen.into_iter().map(|(.., seq)| seq).collect()
+    }
+
+    /// What is known of these leases, in order; `None` for those that are lost.
+    pub(super) fn held(&self, tickets: &[Ticket], now: Timestamp) -> Vec<Option<model::Held>> {
+        let held = |ticket: &Ticket| {
+            let row = self.row(ticket.seq)?;
+            let hold = row.hold.as_ref()?;
+            (hold.token == ticket.token && now < hold.until).then(|| model::Held {
+                head: row.record.head.clone(),
+                tries: row.record.tries,
+                leased_at: hold.since,
+                now,
+            })
+        };
+        tickets.iter().map(held).collect()
     }
 
     /// Prolongs what is still held.

@@ -13,6 +13,7 @@ mod upkeep;
 mod looking;
 mod surgery;
 mod queues;
+mod topics;
 
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -24,14 +25,15 @@ use jiff::Timestamp;
 
 use crate::clock::Clock;
 use crate::model::{
-    DeliveryRecord, Guard, GuardChange, Lease, Leased, MessageId, QueueName, QueueRecord,
-    QueueSettings, Record, RunState,
+    DeliveryRecord, Guard, GuardChange, Held, Lease, Leased, MessageId, QueueName, QueueRecord,
+    QueueSettings, Record, RunState, Schedule, ScheduleName, ScheduleRecord, ScheduleState,
+    Subscription, SubscriptionName, Ticket, TopicName,
 };
 
 use super::{
     Amended, Amendment, Attendance, Attended, Claim, DeleteQueue, Depth, Enqueue, EnqueueOutcome,
-    Filter, Handover, Listed, News, Page, Precondition, Promoted, PumpRecord, PutQueue, Reaped,
-    Result, Settle, Settled, Store, Swept, count_enqueued,
+    Filter, Handover, Listed, News, Page, Precondition, Promoted, PumpRecord, PutQueue,
+    PutSchedule, PutSubscription, Reaped, Result, Settle, Settled, Store, Swept, count_enqueued,
 };
 use books::Books;
 
@@ -91,6 +93,10 @@ impl Store for Memory {
 
     async fn settle(&self, settle: Settle) -> Result<Settled> {
         self.alone(|books, now| books.settle(settle, now))
+    }
+
+    async fn held(&self, tickets: Vec<Ticket>) -> Result<Vec<Option<Held>>> {
+        Ok(self.alone(|books, now| books.held(&tickets, now)))
     }
 
     async fn renew(&self, leases: Vec<Lease>, duration: Duration) -> Result<Vec<bool>> {
@@ -183,6 +189,49 @@ impl Store for Memory {
 
     async fn guard(&self, queue: &QueueName, change: GuardChange) -> Result<Option<Guard>> {
         Ok(self.alone(|books, now| books.guard(queue, &change, now)))
+    }
+
+    async fn subscriptions(&self) -> Result<Vec<Subscription>> {
+        Ok(self.alone(|books, _| books.subscriptions()))
+    }
+
+    async fn put_subscription(&self, subscription: Subscription) -> Result<PutSubscription> {
+        Ok(self.alone(|books, _| books.put_subscription(subscription)))
+    }
+
+    async fn delete_subscription(
+        &self,
+        topic: &TopicName,
+        name: &SubscriptionName,
+    ) -> Result<bool> {
+        Ok(self.alone(|books, _| books.delete_subscription(topic, name)))
+    }
+
+    async fn schedules(&self) -> Result<Vec<ScheduleRecord>> {
+        Ok(self.alone(|books, _| books.schedules()))
+    }
+
+    async fn put_schedule(
+        &self,
+        name: &ScheduleName,
+        schedule: Schedule,
+        next_at: Option<Timestamp>,
+        precondition: Precondition,
+    ) -> Result<PutSchedule> {
+        Ok(self.alone(|books, _| books.put_schedule(name, schedule, next_at, &precondition)))
+    }
+
+    async fn turn_schedule(
+        &self,
+        name: &ScheduleName,
+        version: i64,
+        state: ScheduleState,
+    ) -> Result<bool> {
+        Ok(self.alone(|books, _| books.turn_schedule(name, version, state)))
+    }
+
+    async fn delete_schedule(&self, name: &ScheduleName) -> Result<bool> {
+        Ok(self.alone(|books, _| books.delete_schedule(name)))
     }
 
     async fn pump(&self) -> Result<PumpRecord> {

@@ -81,7 +81,8 @@ impl Books {
         for seq in its_own.map(|(seq, _)| seq).collect::<Vec<_>>() {
             self.remove(seq);
         }
-        self.keys.retain(|(queue, _), _| queue != name);
+        self.keys.retain(|(queue, _), _| queue.as_ref() != Some(name));
+        self.subscriptions.retain(|_, subscription| subscription.queue != *name);
         self.last_lanes.remove(name);
         self.queues.remove(name);
         self.settings_changed();

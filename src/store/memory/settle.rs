@@ -31,10 +31,11 @@ impl Books {
 
     /// Takes in what a handler sent: all of it or nothing.
     fn send(&mut self, sent: Vec<NewMessage>, now: Timestamp) -> Result<()> {
-        let first_seq = self.next_seq();
+        let mark = self.mark();
         for (place, message) in sent.into_iter().enumerate() {
             if let Enqueued::Refused(refusal) = self.take_in(message, now) {
-                self.undo(first_seq);
+                self.undo(mark);
+                self.untell();
                 return Err(Error::Rejected { what: not_sent(place, &refusal) });
             }
         }

@@ -35,7 +35,10 @@ pub(super) fn suits(calls: &[&Enqueue]) -> bool {
         Some(When::Now | When::At(_)) => false,
     };
     let simple = |message: &NewMessage| {
-        message.keys.is_empty() && message.deliver == When::Now && lasts(message)
+        message.to.queue().is_some()
+            && message.keys.is_empty()
+            && message.deliver == When::Now
+            && lasts(message)
     };
     calls.iter().all(|call| call.batch.is_none() && call.messages.iter().all(simple))
 }
@@ -76,11 +79,12 @@ struct Lot<'a> {
 impl<'a> Lot<'a> {
     fn new(calls: &[&'a Enqueue], pumps: &Pumps) -> sqlx::Result<Self> {
         let messages = calls.iter().flat_map(|call| &call.messages).collect::<Vec<_>>();
-        let names = sorted_names(&messages);
-        let queue_of = |message: &&NewMessage| {
-            names.binary_search(&message.queue.as_str()).expect("every queue's name is there")
+        let names = sorted_names(messages.iter().map(|message| queue_of(message)));
+        let place_of = |message: &&NewMessage| {
+            let name = queue_of(message).as_str();
+            names.binary_search(&name).expect("every queue's name is there")
         };
-        let queues = messages.iter().map(queue_of).collect::<Vec<_>>();
+        let queues = messages.iter().map(place_of).collect::<Vec<_>>();
         let places = keep_places(&messages, &queues, pumps);
         Ok(Self { messages, names, queues, places, chance: rows::chance()? })
     }
@@ -130,7 +134,7 @@ impl<'a> Lot<'a> {
     /// The queues of messages that wait in the table.
     fn not_handed(&self) -> impl Iterator<Item = &QueueName> {
         let waits = self.messages.iter().zip(&self.places).filter(|(_, place)| place.is_none());
-        waits.map(|(message, _)| &message.queue)
+        waits.map(|(message, _)| queue_of(message))
     }
 
     /// What goes to its place; `now` is the same moment by the database's clock and, shortly before, by ours.
@@ -143,7 +147,7 @@ impl<'a> Lot<'a> {
             let lease = NewLease::new(place, incarnation, self.chance, now);
             let expires_at = message.expires.map(|when| rows::resolve(when, now.0));
             let expires_at = expires_at.and_then(|at| rows::moment(at).ok());
-            handed.push(lease.handed(seq, message, moment, expires_at));
+            handed.push(lease.handed(seq, (queue_of(message), message), moment, expires_at));
         }
         handed
     }
@@ -156,7 +160,7 @@ type Statement<'a> = sqlx::query::Query<'a, sqlx::Postgres, sqlx::postgres::PgAr
 fn keep_places(messages: &[&NewMessage], queues: &[usize], pumps: &Pumps) -> Vec<Option<Place>> {
     let mut left = HashMap::new();
     let keep = |(message, queue): (&&NewMessage, &usize)| {
-        let crowded = || pumps.crowded().contains(&message.queue);
+        let crowded = || pumps.crowded().contains(queue_of(message));
         // Whose turn it is in a group, only a claim can say.
         if message.details.group.is_some() {
             return None;
@@ -165,12 +169,17 @@ fn keep_places(messages: &[&NewMessage], queues: &[usize], pumps: &Pumps) -> Vec
         if *left == 0 {
             return None;
         }
-        let place = Place::keep(&pumps.handover, &message.queue);
+        let place = Place::keep(&pumps.handover, queue_of(message));
         // What is not handed over comes first for those after it.
         *left = if place.is_some() { *left - 1 } else { 0 };
         place
     };
     messages.iter().zip(queues).map(keep).collect()
+}
+
+/// The queue of a message of which [`suits`] says that it has one.
+fn queue_of(message: &NewMessage) -> &QueueName {
+    message.to.queue().expect("what is published takes the longer way")
 }
 
 /// Where it stands among those that take turns.
@@ -190,7 +199,7 @@ fn answers(calls: &[&Enqueue], now: i64) -> Vec<EnqueueOutcome> {
     let now = rows::moment(now).unwrap_or_default();
     let receipt = |message: &NewMessage| Receipt {
         id: message.id,
-        queue: message.queue.clone(),
+        queue: queue_of(message).clone(),
         state: State::Ready,
         enqueued_at: now,
         deliver_at: now,

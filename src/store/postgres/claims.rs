@@ -3,7 +3,7 @@
 /// Claims what `first` finds: the places of tokens in ready (tid), their numbers (seq), groups and lanes, in the order of
 /// lease, at most $2. Of a group it claims the first message, if it is its turn. See `groups.rs`.
 ///
-/// Lives on: the primary keys of message, content, behind and head; then of lease. Locks the tokens it takes, and passes
+/// Lives on: the primary keys of message, content, shared, behind and head; then of lease. Locks the tokens it takes, and passes
 /// over those that others take. Always answers a first row, which says what there is to know of the claim.
 macro_rules! claim {
     ($with:literal, $first:literal) => {
@@ -118,7 +118,8 @@ select array(
     ) as fair,
     leased.seq, leased.token, leased.attempt as attempts, leased.leased_at, message.id, message.rank,
     message.due_at, message.failures, message.crashes, message.enqueued_at, message.expires_at,
-    content.kind, content.correlation_id, content.details, content.body
+    content.kind, content.correlation_id, content.details,
+    coalesce((select shared.body from shared where shared.id = content.shared), content.body) as body
 from clock
 left join leased on true
 left join lateral (select * from message where message.seq = leased.seq limit 1) as message on true

@@ -4,16 +4,22 @@
 //! know for all its messages ([`Facts`]), plans in memory what to write ([`Plan`]), and writes it with few
 //! statements. So a refusal undoes a part of the plan, and never a row; keys are the exception.
 
+use std::borrow::Cow;
+
+use bytes::Bytes;
 use futures::future::BoxFuture;
 use sqlx::{Connection, PgConnection, query};
 
-use crate::model::{Idempotency, Leased, NewMessage, QueueName, ReplicaName};
+use crate::model::{Destination, Idempotency, Leased, NewMessage, QueueName, ReplicaName};
 
+use super::super::columns::OF_TOPICS;
 use super::super::{
-    Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Receipt, Refusal, count_enqueued, refusals,
+    Copied, Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Published, Receipt, Refusal,
+    count_enqueued, is_new, refusals, topics,
 };
+use super::arrivals::{Arrival, Item, Publication, arrivals};
 use super::at_once;
-use super::facts::{Care, Facts, Key, KeyName, Known, Patience};
+use super::facts::{Answer, Care, Facts, Key, KeyName, Known, Of, Patience};
 use super::fault::Trouble;
 use super::news::Word;
 use super::rows;
@@ -77,13 +83,13 @@ async fn enqueue(
     care: (Care, Patience),
 ) -> Committed<EnqueueOutcome> {
     let mut transaction = connection.begin().await.map_err(Trouble::unbegun)?;
-    let messages = calls.iter().flat_map(|call| &call.messages).collect::<Vec<_>>();
-    let batches = calls.iter().filter_map(|call| call.batch.zip(call.messages.first()));
-    let batches = batches.map(|(key, first)| (&first.queue, key)).collect::<Vec<_>>();
-    let facts = Facts::find(&mut transaction, &messages, &batches, care).await?;
+    let messages = calls.iter().flat_map(|call| &call.messages);
+    let arrivals = arrivals(&mut transaction, messages).await?;
+    let batches = calls.iter().filter_map(|call| batch(call)).collect::<Vec<_>>();
+    let facts = Facts::find(&mut transaction, &arrivals, &batches, care).await?;
     let mut plan = Plan::new(facts, pumps);
-    let mut places = 0..;
-    let outcomes = calls.iter().map(|call| plan_call(&mut plan, call, &mut places));
+    let mut arrivals = arrivals.into_iter();
+    let outcomes = calls.iter().map(|call| plan_call(&mut plan, call, &mut arrivals));
     let outcomes = outcomes.collect::<Vec<_>>();
     let Written { word, handed } = plan.write(&mut transaction).await?;
     transaction.commit().await?;
@@ -94,30 +100,37 @@ async fn enqueue(
 fn plan_call<'a>(
     plan: &mut Plan<'a>,
     call: &'a Enqueue,
-    places: &mut impl Iterator<Item = usize>,
+    arrivals: &mut impl Iterator<Item = Arrival<'a>>,
 ) -> EnqueueOutcome {
-    let places = call.messages.iter().map(|_| places.next().expect("there is no last number"));
-    let places = places.collect::<Vec<_>>();
-    let batch = call.batch.zip(call.messages.first().map(|first| &first.queue));
-    if let Some((key, queue)) = &batch
-        && plan.known(queue, key).is_some_and(|known| !known.is_for(key))
+    let arrivals = arrivals.take(call.messages.len()).collect::<Vec<_>>();
+    let batch = batch(call);
+    if let Some((queue, key)) = &batch
+        && plan.known(*queue, key).is_some_and(|known| !known.is_for(key))
     {
         return EnqueueOutcome::BatchKeyReused;
     }
     let mark = plan.mark();
-    let answers = call.messages.iter().zip(places).map(|(message, at)| plan.take_in(message, at));
-    let answers = answers.collect::<Vec<_>>();
+    let answers = arrivals.into_iter().map(|arrival| plan.take_in(arrival)).collect::<Vec<_>>();
     let refusals = refusals(&answers);
     if call.atomic && !refusals.is_empty() {
         plan.undo(mark);
         return EnqueueOutcome::Refused(refusals);
     }
-    if let Some((key, queue)) = batch
-        && answers.iter().any(|answer| matches!(answer, Enqueued::New(_)))
+    if let Some((queue, key)) = batch
+        && answers.iter().any(is_new)
     {
         plan.remember_batch(queue, key);
     }
     EnqueueOutcome::Done(answers)
+}
+
+/// A key over a whole batch as it is kept, with the queue of the first message, or none for a topic.
+fn batch(call: &Enqueue) -> Option<(Option<&QueueName>, Idempotency)> {
+    let (key, first) = call.batch.zip(call.messages.first())?;
+    Some(match &first.to {
+        Destination::Queue(queue) => (Some(queue), key),
+        Destination::Topic { topic, .. } => (None, topics::key_of(topic, &key)),
+    })
 }
 
 /// What is going to be written.
@@ -127,13 +140,18 @@ pub(super) struct Plan<'a> {
     pumps: &'a Pumps,
     rows: Vec<NewRow<'a>>,
     keys: Vec<(KeyName, Key)>,
+    /// Payloads that several of the rows have.
+    shared: Vec<(i64, Bytes)>,
 }
 
 #[derive(Debug)]
 struct NewRow<'a> {
     seq: i64,
     queue_id: i32,
-    message: &'a NewMessage,
+    queue: QueueName,
+    message: Cow<'a, NewMessage>,
+    /// Where its payload is, if it is that of others too.
+    shared: Option<i64>,
     due_at: i64,
     expires_at: Option<i64>,
     group: Option<i64>,
@@ -154,34 +172,85 @@ pub(super) struct Written {
 pub(super) struct Mark {
     rows: usize,
     keys: usize,
+    shared: usize,
 }
 
 impl<'a> Plan<'a> {
     /// An empty plan over these facts.
     pub(super) fn new(facts: Facts, pumps: &'a Pumps) -> Self {
-        Self { facts, pumps, rows: Vec::new(), keys: Vec::new() }
+        Self { facts, pumps, rows: Vec::new(), keys: Vec::new(), shared: Vec::new() }
     }
 
-    /// Takes in the message at this place among all, or says why not, or that it is here already.
-    pub(super) fn take_in(&mut self, message: &'a NewMessage, place: usize) -> Enqueued {
-        let Some(queue) = self.facts.queues.get(&message.queue) else {
-            return Enqueued::Refused(Refusal::NoSuchQueue(message.queue.clone()));
+    /// Takes a message in, or says why not, or that it is here already.
+    pub(super) fn take_in(&mut self, arrival: Arrival<'a>) -> Enqueued {
+        match arrival {
+            Arrival::Message(item) => self.take_into(item),
+            Arrival::Publication(publication) => self.publish(publication),
+        }
+    }
+
+    fn take_into(&mut self, item: Item<'a>) -> Enqueued {
+        let Some(queue) = self.facts.queues.get(&item.queue) else {
+            return Enqueued::Refused(Refusal::NoSuchQueue(item.queue.clone()));
         };
         let queue_id = queue.id;
-        if let Some(answer) = self.known_already(message) {
+        if let Some(answer) = self.known_already(&item) {
             return answer;
         }
         let full = queue.max.is_some_and(|max| self.facts.unsettled.get(&queue_id) >= Some(&max));
         if full {
-            return Enqueued::Refused(Refusal::QueueFull(message.queue.clone()));
+            return Enqueued::Refused(Refusal::QueueFull(item.queue.clone()));
         }
         *self.facts.unsettled.entry(queue_id).or_default() += 1;
-        self.add(queue_id, message, place)
+        self.add(queue_id, item)
+    }
+
+    /// Takes a copy into each queue that wants the message; all of them or none. Queues that were deleted since they
+    /// were looked up want nothing.
+    fn publish(&mut self, publication: Publication<'a>) -> Enqueued {
+        let Publication { topic, message, require_subscribers, mut copies } = publication;
+        let keys = topics::keys_of(topic, message);
+        let known = |key: &Idempotency| self.known(None, key);
+        if keys.iter().any(|key| known(key).is_some_and(|known| !known.is_for(key))) {
+            return Enqueued::Refused(Refusal::KeyReused);
+        }
+        if let Some(Answer::Published(first)) =
+            keys.iter().find_map(|key| Some(known(key)?.answer.clone()))
+        {
+            return Enqueued::Published(Published { duplicate: true, ..first });
+        }
+        copies.retain(|item| self.facts.queues.contains_key(&item.queue));
+        if copies.is_empty() && require_subscribers {
+            return Enqueued::Refused(Refusal::NoSubscribers(topic.clone()));
+        }
+        let mark = self.mark();
+        let (topic, id) = (topic.clone(), message.id);
+        let mut published = Published { topic, id, copies: Vec::new(), duplicate: false };
+        for item in copies {
+            let queue = item.queue.clone();
+            let (id, was_there) = match self.take_into(item) {
+                Enqueued::New(receipt) => (receipt.id, false),
+                Enqueued::Duplicate(receipt) => (receipt.id, true),
+                refused => {
+                    self.undo(mark);
+                    return refused;
+                }
+            };
+            published.copies.push(Copied { queue, id, was_there });
+        }
+        if let Some(shared) = self.rows[mark.rows..].iter().find_map(|row| row.shared) {
+            self.shared.push((shared, message.body.clone()));
+        }
+        for key in keys {
+            let row = self.facts.key(None, &key, Of::Published(&published));
+            self.remember(row, Answer::Published(published.clone()));
+        }
+        Enqueued::Published(published)
     }
 
     /// Where the plan stands now.
     pub(super) fn mark(&self) -> Mark {
-        Mark { rows: self.rows.len(), keys: self.keys.len() }
+        Mark { rows: self.rows.len(), keys: self.keys.len(), shared: self.shared.len() }
     }
 
     /// Takes back what was planned since then.
@@ -190,50 +259,61 @@ impl<'a> Plan<'a> {
             *self.facts.unsettled.entry(row.queue_id).or_default() -= 1;
             self.facts.named.remove(&row.message.id);
         }
+        self.shared.truncate(mark.shared);
         for (key, _) in self.keys.drain(mark.keys..) {
             self.facts.known.remove(&key);
         }
     }
 
-    fn known(&self, queue: &QueueName, key: &Idempotency) -> Option<&Known> {
-        self.facts.known.get(&(self.facts.queues.get(queue)?.id, key.key))
+    fn known(&self, queue: Option<&QueueName>, key: &Idempotency) -> Option<&Known> {
+        let queue_id = match queue {
+            Some(queue) => self.facts.queues.get(queue)?.id,
+            None => OF_TOPICS as i32,
+        };
+        self.facts.known.get(&(queue_id, key.key))
     }
 
     /// The answer to a message that has come before, by a key or by its name.
-    fn known_already(&self, message: &NewMessage) -> Option<Enqueued> {
-        let known = |key: &Idempotency| self.known(&message.queue, key);
+    fn known_already(&self, item: &Item<'_>) -> Option<Enqueued> {
+        let message = &item.message;
+        let known = |key: &Idempotency| self.known(Some(&item.queue), key);
         if message.keys.iter().any(|key| known(key).is_some_and(|known| !known.is_for(key))) {
             return Some(Enqueued::Refused(Refusal::KeyReused));
         }
-        let by_key = message.keys.iter().find_map(|key| known(key)?.answer.as_ref());
+        let by_key = message.keys.iter().find_map(|key| match &known(key)?.answer {
+            Answer::Message(receipt) => Some(receipt),
+            Answer::Nothing | Answer::Published(_) => None,
+        });
         let answer = by_key.or_else(|| self.facts.named.get(&message.id))?;
         Some(Enqueued::Duplicate(answer.clone()))
     }
 
-    fn add(&mut self, queue_id: i32, message: &'a NewMessage, place: usize) -> Enqueued {
-        let now = self.facts.now;
+    fn add(&mut self, queue_id: i32, item: Item<'a>) -> Enqueued {
+        let (now, message) = (self.facts.now, &item.message);
         let due_at = rows::resolve(message.deliver, now);
         let receipt = Receipt {
             id: message.id,
-            queue: message.queue.clone(),
+            queue: item.queue.clone(),
             state: rows::waiting_state(due_at, now),
             enqueued_at: rows::moment(now).unwrap_or_default(),
             deliver_at: rows::moment(due_at).unwrap_or_default(),
         };
         for key in &message.keys {
-            let row = self.facts.key(&message.queue, key, Some((message, place)));
-            self.remember(row, Some(receipt.clone()));
+            let row = self.facts.key(Some(&item.queue), key, Of::Item(&item));
+            self.remember(row, Answer::Message(receipt.clone()));
         }
         self.facts.named.insert(message.id, receipt.clone());
         let expires_at = message.expires.map(|when| rows::resolve(when, now));
         let has_expired = expires_at.is_some_and(|at| at <= now);
         let group = message.details.group_number();
         let waits = due_at > now || has_expired || group.is_some();
-        let lease = if waits { None } else { self.lease(&message.queue) };
+        let lease = if waits { None } else { self.lease(&item.queue) };
         self.rows.push(NewRow {
-            seq: self.facts.seqs[place],
+            seq: self.facts.seqs[item.place],
             queue_id,
-            message,
+            shared: item.shared.map(|first| self.facts.seqs[first]),
+            queue: item.queue,
+            message: item.message,
             due_at,
             expires_at,
             group,
@@ -253,12 +333,12 @@ impl<'a> Plan<'a> {
         lease
     }
 
-    fn remember_batch(&mut self, queue: &QueueName, key: Idempotency) {
-        let row = self.facts.key(queue, &key, None);
-        self.remember(row, None);
+    fn remember_batch(&mut self, queue: Option<&QueueName>, key: Idempotency) {
+        let row = self.facts.key(queue, &key, Of::Nothing);
+        self.remember(row, Answer::Nothing);
     }
 
-    fn remember(&mut self, key: Option<(KeyName, Key)>, answer: Option<Receipt>) {
+    fn remember(&mut self, key: Option<(KeyName, Key)>, answer: Answer) {
         let Some((name, key)) = key else { return };
         self.facts.known.insert(name, Known { fingerprint: key.fingerprint, answer });
         self.keys.push((name, key));
@@ -273,7 +353,7 @@ impl<'a> Plan<'a> {
         self.facts.correct_keys(connection, self.keys).await?;
         let schedule = self.rows.iter().any(|row| row.due_at > now);
         let ready = self.rows.iter().filter(|row| row.due_at <= now && row.lease.is_none());
-        let ready = ready.map(|row| row.message.queue.clone());
+        let ready = ready.map(|row| row.queue.clone());
         let word = Word { schedule, ..Word::of_ready(ready) };
         let handed = self.rows.into_iter().filter_map(|row| row.handed(now)).collect();
         Ok(Written { word, handed })
@@ -299,13 +379,16 @@ impl<'a> Plan<'a> {
             .bind(rows.iter().map(|row| row.message.kind.as_deref()).collect::<Vec<_>>())
             .bind(rows.iter().map(|row| row.message.correlation_id.as_deref()).collect::<Vec<_>>())
             .bind(details.collect::<Vec<_>>())
-            .bind(rows.iter().map(|row| row.message.body.as_ref()).collect::<Vec<&[u8]>>())
+            .bind(rows.iter().map(|row| row.own_body()).collect::<Vec<&[u8]>>())
             .bind(leases().map(|it| it.map(|it| it.chance)).collect::<Vec<_>>())
             .bind(leases().map(|it| it.map(|it| it.until.0)).collect::<Vec<_>>())
             .bind(leases().map(|it| it.map(|it| it.incarnation)).collect::<Vec<_>>())
             .bind(leases().map(|it| it.map(|it| it.place.replica.as_str())).collect::<Vec<_>>())
             .bind(rows.iter().map(|row| row.group).collect::<Vec<_>>())
-            .bind(rows.iter().map(|row| at_once::lane(row.message)).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| at_once::lane(&row.message)).collect::<Vec<_>>())
+            .bind(rows.iter().map(|row| row.shared).collect::<Vec<_>>())
+            .bind(self.shared.iter().map(|(id, _)| *id).collect::<Vec<_>>())
+            .bind(self.shared.iter().map(|(_, body)| body.as_ref()).collect::<Vec<&[u8]>>())
             .execute(connection)
             .await
             .map(drop)
@@ -313,12 +396,17 @@ impl<'a> Plan<'a> {
 }
 
 impl NewRow<'_> {
+    /// The payload, unless it is kept elsewhere.
+    fn own_body(&self) -> &[u8] {
+        if self.shared.is_some() { &[] } else { self.message.body.as_ref() }
+    }
+
     /// What goes to the place that was kept for it, if there was one.
     fn handed(self, now: i64) -> Option<(Place, Leased)> {
         let lease = self.lease?;
         let now = rows::moment(now).unwrap_or_default();
         let expires_at = self.expires_at.and_then(|at| rows::moment(at).ok());
-        Some(lease.handed(self.seq, self.message, now, expires_at))
+        Some(lease.handed(self.seq, (&self.queue, &self.message), now, expires_at))
     }
 }
 
@@ -331,7 +419,7 @@ impl Pumps {
     }
 }
 
-/// Lives on: the primary keys of message and content, at their ends, and of lease.
+/// Lives on: the primary keys of message, content and shared, at their ends, and of lease.
 macro_rules! insert {
     ($others:literal) => {
         concat!(
@@ -356,9 +444,16 @@ messages as (
     from given
 ),
 contents as (
-    insert into content (seq, deliver_at, kind, correlation_id, details, body)
+    insert into content (seq, deliver_at, kind, correlation_id, details, body, shared)
     select *
-    from unnest($2::bigint[], $6::bigint[], $9::text[], $10::text[], $11::text[], $12::bytea[])
+    from unnest(
+        $2::bigint[], $6::bigint[], $9::text[], $10::text[], $11::text[], $12::bytea[], $19::bigint[]
+    )
+),
+shared_bodies as (
+    insert into shared (id, body)
+    select *
+    from unnest($20::bigint[], $21::bytea[])
 )",
             $others,
             "

@@ -10,10 +10,11 @@ use sqlx::postgres::PgRow;
 use sqlx::{PgConnection, Row, query};
 use uuid::Uuid;
 
-use crate::model::{Idempotency, Lasts, MessageId, NewMessage, QueueName, State};
+use crate::model::{Idempotency, Lasts, MessageId, QueueName, State};
 
-use super::super::Receipt;
-use super::super::columns::WHILE_PENDING;
+use super::super::columns::{OF_TOPICS, WHILE_PENDING};
+use super::super::{Published, Receipt, TOPIC_WINDOW, topics};
+use super::arrivals::{Arrival, Item, ids, items};
 use super::fault::{Trouble, unreadable};
 use super::open::LOCK_TIMEOUT;
 use super::rows;
@@ -54,7 +55,7 @@ pub(super) struct Facts {
     pub(super) asked: Instant,
     /// What the tokens of the leases that are given together with these messages are made of.
     pub(super) chance: i64,
-    /// A number for each message, in order. One that is not used leaves a gap, which nobody minds.
+    /// A number for each item, by its place. One that is not used leaves a gap, which nobody minds.
     pub(super) seqs: Vec<i64>,
     pub(super) queues: HashMap<QueueName, Queue>,
     /// How many unsettled messages the queues with a limit have.
@@ -79,11 +80,29 @@ pub(super) struct Queue {
 /// A key is known to one queue.
 pub(super) type KeyName = (i32, [u8; 16]);
 
-/// What is remembered of a key. A key over a whole batch has no answer of its own.
+/// What is remembered of a key.
 #[derive(Debug)]
 pub(super) struct Known {
     pub(super) fingerprint: [u8; 32],
-    pub(super) answer: Option<Receipt>,
+    pub(super) answer: Answer,
+}
+
+/// What was answered to the request with a key.
+#[derive(Debug, Clone)]
+pub(super) enum Answer {
+    /// It was over a whole batch, and has no answer of its own.
+    Nothing,
+    Message(Receipt),
+    Published(Published),
+}
+
+/// What a key is of.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Of<'i, 'a> {
+    /// A whole batch.
+    Nothing,
+    Item(&'i Item<'a>),
+    Published(&'i Published),
 }
 
 impl Known {
@@ -101,6 +120,7 @@ pub(super) struct Key {
     deliver_at: i64,
     expires_at: i64,
     sweep_at: i64,
+    answer: Option<String>,
 }
 
 // Locks the names of queues against being deleted meanwhile, and not against each other.
@@ -175,13 +195,13 @@ where (select set_config('lock_timeout', $4, true)) is not null
 const PUT_KEYS_DOWN: &str = "\
 with put_down as (
     insert into idempotency (
-        queue_id, key, fingerprint, seq, id, enqueued_at, deliver_at, expires_at, sweep_at
+        queue_id, key, fingerprint, seq, id, enqueued_at, deliver_at, expires_at, sweep_at, answer
     )
-    select queue_id, key, fingerprint, seq, id, $1, deliver_at, expires_at, sweep_at
+    select queue_id, key, fingerprint, seq, id, $1, deliver_at, expires_at, sweep_at, answer
     from unnest(
             $2::integer[], $3::bytea[], $4::bytea[], $5::bigint[], $6::uuid[], $7::bigint[], $8::bigint[],
-            $9::bigint[]
-        ) as given (queue_id, key, fingerprint, seq, id, deliver_at, expires_at, sweep_at)
+            $9::bigint[], $10::text[]
+        ) as given (queue_id, key, fingerprint, seq, id, deliver_at, expires_at, sweep_at, answer)
     on conflict (queue_id, key) do nothing
     returning queue_id, key
 )
@@ -189,7 +209,7 @@ select queue_id, key
 from put_down
 union all
 select null, null
-where set_config('lock_timeout', $10, true) is null";
+where set_config('lock_timeout', $11, true) is null";
 
 // Lives on: see `named_keys`.
 const KNOWN_KEYS: &str = concat!("select known.* ", named_keys!());
@@ -231,30 +251,30 @@ pub(super) const LOCK_NAMES: i32 = 0x7075_6d70;
 const LOCK_LIMITS: i32 = 0x7075_6d71;
 
 impl Facts {
-    /// Finds out what there is to know about these messages and these keys over batches, and locks what
-    /// must not change until the end of the transaction.
+    /// Finds out what there is to know about these arrivals and these keys over batches (of a queue, or of a topic),
+    /// and locks what must not change until the end of the transaction.
     pub(super) async fn find(
         connection: &mut PgConnection,
-        messages: &[&NewMessage],
-        batches: &[(&QueueName, Idempotency)],
+        arrivals: &[Arrival<'_>],
+        batches: &[(Option<&QueueName>, Idempotency)],
         (care, patience): (Care, Patience),
     ) -> Result<Self, Trouble> {
-        let mut facts = Self::situation(connection, messages).await?;
-        facts.put_keys_down(connection, messages, batches, patience).await?;
+        let mut facts = Self::situation(connection, arrivals).await?;
+        facts.put_keys_down(connection, arrivals, batches, patience).await?;
         facts.count(connection).await?;
         if care == Care::Names {
-            facts.find_names(connection, messages).await?;
+            facts.find_names(connection, arrivals).await?;
         }
         Ok(facts)
     }
 
     async fn situation(
         connection: &mut PgConnection,
-        messages: &[&NewMessage],
+        arrivals: &[Arrival<'_>],
     ) -> sqlx::Result<Self> {
-        let names = sorted_names(messages);
+        let names = sorted_names(items(arrivals).map(|item| &item.queue));
         enter(connection, &names).await?;
-        let count = i32::try_from(messages.len()).unwrap_or(i32::MAX);
+        let count = i32::try_from(items(arrivals).count()).unwrap_or(i32::MAX);
         let asked = Instant::now();
         let rows = query(SITUATION).bind(count).bind(&names).fetch_all(connection).await?;
         let first = rows.first().ok_or_else(|| unreadable("there is no time"))?;
@@ -276,22 +296,29 @@ impl Facts {
     async fn put_keys_down(
         &mut self,
         connection: &mut PgConnection,
-        messages: &[&NewMessage],
-        batches: &[(&QueueName, Idempotency)],
+        arrivals: &[Arrival<'_>],
+        batches: &[(Option<&QueueName>, Idempotency)],
         patience: Patience,
     ) -> Result<(), Trouble> {
         let mut wanted = BTreeMap::new();
-        for (place, message) in messages.iter().enumerate() {
-            for key in &message.keys {
-                if let Some((name, key)) = self.key(&message.queue, key, Some((message, place))) {
-                    wanted.entry(name).or_insert(key);
-                }
+        let mut want = |key: Option<(KeyName, Key)>| {
+            if let Some((name, key)) = key {
+                wanted.entry(name).or_insert(key);
+            }
+        };
+        for arrival in arrivals {
+            for item in arrival.items() {
+                let keys = item.message.keys.iter();
+                keys.for_each(|key| want(self.key(Some(&item.queue), key, Of::Item(item))));
+            }
+            if let Arrival::Publication(publication) = arrival {
+                let answer = publication.answer();
+                let keys = topics::keys_of(publication.topic, publication.message);
+                keys.iter().for_each(|key| want(self.key(None, key, Of::Published(&answer))));
             }
         }
         for (queue, key) in batches {
-            if let Some((name, key)) = self.key(queue, key, None) {
-                wanted.entry(name).or_insert(key);
-            }
+            want(self.key(*queue, key, Of::Nothing));
         }
         if wanted.is_empty() {
             return Ok(());
@@ -335,9 +362,9 @@ impl Facts {
     async fn find_names(
         &mut self,
         connection: &mut PgConnection,
-        messages: &[&NewMessage],
+        arrivals: &[Arrival<'_>],
     ) -> sqlx::Result<()> {
-        let names = messages.iter().map(|message| message.id.0).collect::<Vec<_>>();
+        let names = ids(arrivals).into_iter().map(|id| id.0).collect::<Vec<_>>();
         for row in query(KNOWN_NAMES).bind(names).fetch_all(connection).await? {
             let receipt = receipt(&row, rows::queue_name(row.try_get("name")?)?)?;
             self.named.insert(receipt.id, receipt);
@@ -345,31 +372,43 @@ impl Facts {
         Ok(())
     }
 
-    /// A key as it would be written for this message; `None` where there is no such queue.
+    /// A key as it would be written in this queue, or for a topic; `None` where there is no such queue.
     pub(super) fn key(
         &self,
-        queue: &QueueName,
+        queue: Option<&QueueName>,
         key: &Idempotency,
-        of: Option<(&NewMessage, usize)>,
+        of: Of<'_, '_>,
     ) -> Option<(KeyName, Key)> {
-        let queue = self.queues.get(queue)?;
-        let due_at = of.map_or(self.now, |(message, _)| rows::resolve(message.deliver, self.now));
+        let (queue_id, window) = match queue {
+            Some(queue) => self.queues.get(queue).map(|queue| (queue.id, queue.window))?,
+            None => (OF_TOPICS as i32, rows::span(TOPIC_WINDOW)),
+        };
+        let item = match of {
+            Of::Item(item) => Some(item),
+            Of::Nothing | Of::Published(_) => None,
+        };
+        let answer = match of {
+            Of::Published(published) => Some(published.kept()),
+            Of::Nothing | Of::Item(_) => None,
+        };
+        let due_at = item.map_or(self.now, |item| rows::resolve(item.message.deliver, self.now));
         let (expires_at, sweep_at) = match key.lasts {
             Lasts::Window => {
-                let expires_at = self.now.saturating_add(queue.window);
+                let expires_at = self.now.saturating_add(window);
                 (expires_at, expires_at)
             }
             Lasts::WhilePending => (WHILE_PENDING, self.now.saturating_add(LOOKED_AT_AFTER)),
         };
         let row = Key {
             fingerprint: key.fingerprint,
-            seq: of.map_or(0, |(_, place)| self.seqs[place]),
-            id: of.map_or(Uuid::nil(), |(message, _)| message.id.0),
+            seq: item.map_or(0, |item| self.seqs[item.place]),
+            id: item.map_or(Uuid::nil(), |item| item.message.id.0),
             deliver_at: due_at,
             expires_at,
             sweep_at,
+            answer,
         };
-        Some(((queue.id, key.key), row))
+        Some(((queue_id, key.key), row))
     }
 
     /// Takes back the keys of messages that are not taken in after all, and puts down those that took their
@@ -394,8 +433,12 @@ impl Facts {
         let queue_id: i32 = row.try_get("queue_id")?;
         let seq: i64 = row.try_get("seq")?;
         let queue = self.queues.iter().find(|(_, queue)| queue.id == queue_id);
-        let answer = queue.filter(|_| seq != 0).map(|(name, _)| receipt(row, name.clone()));
-        Ok(Known { fingerprint: bytes(row.try_get("fingerprint")?)?, answer: answer.transpose()? })
+        let answer = match (row.try_get::<Option<&str>, _>("answer")?, queue) {
+            (Some(kept), _) => Answer::Published(Published::again(kept)?),
+            (None, Some((name, _))) if seq != 0 => Answer::Message(receipt(row, name.clone())?),
+            (None, _) => Answer::Nothing,
+        };
+        Ok(Known { fingerprint: bytes(row.try_get("fingerprint")?)?, answer })
     }
 }
 
@@ -415,10 +458,9 @@ async fn enter(connection: &mut PgConnection, names: &[&str]) -> sqlx::Result<()
     query(ENTER).bind(LOCK_NAMES).bind(names).execute(connection).await.map(drop)
 }
 
-/// The names of the messages' queues, each once, in one order everywhere, so that nobody who locks them waits
-/// for each other.
-pub(super) fn sorted_names<'a>(messages: &[&'a NewMessage]) -> Vec<&'a str> {
-    let mut names = messages.iter().map(|message| message.queue.as_str()).collect::<Vec<_>>();
+/// The names of these queues, each once, in one order everywhere, so that nobody who locks them waits for each other.
+pub(super) fn sorted_names<'a>(queues: impl Iterator<Item = &'a QueueName>) -> Vec<&'a str> {
+    let mut names = queues.map(QueueName::as_str).collect::<Vec<_>>();
     names.sort_unstable();
     names.dedup();
     names
@@ -451,6 +493,7 @@ async fn put_keys_down(
         .bind(keys.values().map(|key| key.deliver_at).collect::<Vec<_>>())
         .bind(keys.values().map(|key| key.expires_at).collect::<Vec<_>>())
         .bind(keys.values().map(|key| key.sweep_at).collect::<Vec<_>>())
+        .bind(keys.values().map(|key| key.answer.as_deref()).collect::<Vec<_>>())
         .bind(LOCK_TIMEOUT)
         .fetch_all(connection)
         .await?;

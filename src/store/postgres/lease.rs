@@ -1,12 +1,12 @@
 //! Claiming messages, and keeping the claim.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use sqlx::postgres::PgRow;
-use sqlx::{PgConnection, Row, query};
+use sqlx::{PgConnection, Row, query, query_scalar};
 
-use crate::model::{Lease, Leased, Message, MessageId, QueueName, Token};
+use crate::model::{Held, Lease, Leased, Message, MessageId, QueueName, Ticket, Token};
 use crate::telemetry::metrics;
 
 use super::super::{CLAIM_BYTES_MAX, Claim, Result};
@@ -19,6 +19,11 @@ use super::rows;
 
 /// The most messages one claim takes.
 const CLAIM_MAX: usize = 10_000;
+
+/// The start of a process in whose name leases are that are held outside of it: they end by time alone.
+const OF_NOBODY_HERE: i64 = 0;
+/// The class of advisory locks on the numbers of queues of which somebody outside claims.
+const LOCK_OUT: i32 = 0x7075_6d72;
 
 /// Claims messages, and another time for those that could not be read.
 pub(super) async fn lease(store: &Postgres, claim: Claim) -> Result<Vec<Leased>> {
@@ -179,8 +184,61 @@ where seq = any(array(select seq from held))
     and token = any(array(select token from held))
 returning seq, token";
 
+// Lives on: the primary keys of lease, message, queue and content, one look for each.
+const HELD: &str = "\
+select held.seq, held.token, held.leased_at, held.attempt as attempts, now_micros() as now, queue.name as queue,
+    message.id, message.rank, message.failures, message.crashes, message.enqueued_at, message.expires_at,
+    content.kind, content.correlation_id, content.details
+from unnest($1::bigint[], $2::bigint[]) as given (seq, token)
+cross join lateral (
+    select *
+    from lease
+    where lease.seq = given.seq
+        and lease.token = given.token
+        and lease.until > now_micros()
+    limit 1
+) as held
+cross join lateral (select * from message where message.seq = held.seq limit 1) as message
+cross join lateral (select name from queue where queue.id = held.queue_id limit 1) as queue
+cross join lateral (
+    select kind, correlation_id, details
+    from content
+    where content.seq = held.seq
+    limit 1
+) as content";
+
 /// The statements of this file.
-pub(super) const STATEMENTS: &[&str] = &[BURY, RENEW];
+pub(super) const STATEMENTS: &[&str] = &[BURY, RENEW, HELD, LINE_UP_OUTSIDE, OUT];
+
+/// What is known of these leases, in order; `None` for those that are lost.
+pub(super) async fn held(store: &Postgres, tickets: Vec<Ticket>) -> Result<Vec<Option<Held>>> {
+    let asked = tickets.clone();
+    let found = store.claims.run(move |connection: &mut PgConnection| {
+        let (seqs, tokens): (Vec<_>, Vec<_>) =
+            asked.iter().map(|ticket| (ticket.seq, ticket.token.0)).unzip();
+        Box::pin(async move {
+            let rows = query(HELD).bind(seqs).bind(tokens).fetch_all(connection).await?;
+            let found = rows.iter().map(one_held);
+            Ok(found.collect::<sqlx::Result<HashMap<_, _>>>()?)
+        })
+    });
+    let found = found.await?;
+    Ok(tickets.iter().map(|ticket| found.get(ticket).cloned()).collect())
+}
+
+fn one_held(row: &PgRow) -> sqlx::Result<(Ticket, Held)> {
+    let ticket = Ticket { seq: row.try_get("seq")?, token: Token(row.try_get("token")?) };
+    let details: &str = row.try_get("details")?;
+    let details = serde_json::from_str(details).map_err(|why| sqlx::Error::Decode(why.into()))?;
+    let queue = rows::queue_name(row.try_get("queue")?)?;
+    let held = Held {
+        head: rows::head(row, queue, details)?,
+        tries: rows::tries(row)?,
+        leased_at: rows::moment(row.try_get("leased_at")?)?,
+        now: rows::moment(row.try_get("now")?)?,
+    };
+    Ok((ticket, held))
+}
 
 /// Claims with one statement, which is on the disk when it returns: a claim that a server forgot in a crash
 /// could not be settled, because its token is random, but the number of its attempt would come again.
@@ -189,32 +247,26 @@ async fn claim_once(store: &Postgres, claim: Claim, way: Way) -> Result<Claimed>
     let asked = Instant::now();
     let until = asked + claim.duration;
     let chance = rows::chance().map_err(Trouble::from)?;
-    let incarnation = store.pumps.incarnations.of(&claim.replica);
+    let incarnation = match claim.out_max {
+        None => store.pumps.incarnations.of(&claim.replica),
+        Some(_) => OF_NOBODY_HERE,
+    };
     let queue = claim.queue.clone();
-    let claimed = store.claims.run(move |connection: &mut PgConnection| {
-        let claim = claim.clone();
-        Box::pin(async move {
-            let mut statement = query(match way {
-                Way::InOrder => CLAIM,
-                Way::Urgent => CLAIM_URGENT,
-                Way::InTurn(_) => CLAIM_IN_TURN,
-            });
-            statement = statement
-                .bind(claim.queue.as_str())
-                .bind(claim.max as i64)
-                .bind(chance)
-                .bind(incarnation)
-                .bind(rows::span(claim.duration))
-                .bind(claim.replica.as_str())
-                .bind(CLAIM_BYTES_MAX as i64);
-            if let Way::InTurn(last) = way {
-                statement = statement.bind(last);
-            }
-            let rows = statement.fetch_all(connection).await?;
-            read(rows, &claim.queue, until)
-        })
-    });
-    let claimed = claimed.await?;
+    let is_outside = claim.out_max.is_some();
+    let asking = Asking { claim, way, chance, incarnation, until };
+    let claimed = if is_outside {
+        let ask = store.claims.transact(move |connection: &mut PgConnection| {
+            let asking = asking.clone();
+            Box::pin(async move { asking.ask(connection).await })
+        });
+        ask.await?
+    } else {
+        let ask = store.claims.run(move |connection: &mut PgConnection| {
+            let asking = asking.clone();
+            Box::pin(async move { asking.ask(connection).await })
+        });
+        ask.await?
+    };
     match (claimed.fair, claimed.last_lane, way) {
         (_, _, Way::Urgent) => (),
         (true, Some(last), _) => drop(store.last_lanes().insert(queue, last)),
@@ -225,6 +277,73 @@ async fn claim_once(store: &Postgres, claim: Claim, way: Way) -> Result<Claimed>
     metrics::commit_seconds("lease").record(asked.elapsed());
     metrics::batch_size("lease").record(claimed.leased.len() as f64);
     Ok(claimed)
+}
+
+/// A claim on its way to the database.
+#[derive(Debug, Clone)]
+struct Asking {
+    claim: Claim,
+    way: Way,
+    /// What its tokens are made of.
+    chance: i64,
+    incarnation: i64,
+    until: Instant,
+}
+
+impl Asking {
+    async fn ask(mut self, connection: &mut PgConnection) -> Result<Claimed, Trouble> {
+        let claim = &mut self.claim;
+        if let Some(most) = claim.out_max {
+            claim.max = claim.max.min(room(connection, &claim.queue, most).await?);
+            if claim.max == 0 {
+                return Ok(Claimed::default());
+            }
+        }
+        let mut statement = query(match self.way {
+            Way::InOrder => CLAIM,
+            Way::Urgent => CLAIM_URGENT,
+            Way::InTurn(_) => CLAIM_IN_TURN,
+        });
+        statement = statement
+            .bind(claim.queue.as_str())
+            .bind(claim.max as i64)
+            .bind(self.chance)
+            .bind(self.incarnation)
+            .bind(rows::span(claim.duration))
+            .bind(claim.replica.as_str())
+            .bind(CLAIM_BYTES_MAX as i64);
+        if let Way::InTurn(last) = self.way {
+            statement = statement.bind(last);
+        }
+        let rows = statement.fetch_all(connection).await?;
+        read(rows, &self.claim.queue, self.until)
+    }
+}
+
+// Lives on: queue_name_key. Locks against others who claim for somebody outside.
+const LINE_UP_OUTSIDE: &str = "\
+select pg_advisory_xact_lock($1, id)
+from queue
+where name = $2";
+
+// Lives on: queue_name_key; and tally, read whole; it is folded to a few rows for each queue.
+const OUT: &str = "\
+select coalesce(sum(n), 0)::bigint
+from tally
+where queue_id = (select id from queue where name = $1)
+    and state = 2";
+
+/// How many more of a queue's messages may be leased, until the end of this transaction. What is settled meanwhile
+/// counts as leased.
+async fn room(
+    connection: &mut PgConnection,
+    queue: &QueueName,
+    most: u32,
+) -> Result<usize, Trouble> {
+    let line_up = query(LINE_UP_OUTSIDE).bind(LOCK_OUT).bind(queue.as_str());
+    line_up.execute(&mut *connection).await?;
+    let out: i64 = query_scalar(OUT).bind(queue.as_str()).fetch_one(connection).await?;
+    Ok(usize::try_from(i64::from(most) - out).unwrap_or(0))
 }
 
 fn read(rows: Vec<PgRow>, queue: &QueueName, until: Instant) -> Result<Claimed, Trouble> {

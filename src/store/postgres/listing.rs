@@ -28,10 +28,10 @@ order by number desc";
 
 // Lives on: message_id, then the primary keys of queue and content.
 const PAYLOAD: &str = "\
-select content.body
+select coalesce((select shared.body from shared where shared.id = content.shared), content.body)
 from (select seq, queue_id from message where id = $1 limit 1) as message
 join queue on queue.id = message.queue_id
-cross join lateral (select body from content where content.seq = message.seq limit 1) as content";
+cross join lateral (select body, shared from content where content.seq = message.seq limit 1) as content";
 
 /// The rows that a page looks at: their numbers, from the newest before `$1`, at most `$2`.
 macro_rules! looked_at {

@@ -26,6 +26,8 @@ mod attend;
 mod listing;
 mod surgery;
 mod queues;
+mod arrivals;
+mod topics;
 mod groups;
 mod own_transaction;
 
@@ -35,19 +37,21 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use jiff::Timestamp;
 use tokio::time::timeout;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::model::{
-    DeliveryRecord, Guard, GuardChange, Lease, Leased, MessageId, QueueName, QueueRecord,
-    QueueSettings, Record, ReplicaName, RunState,
+    DeliveryRecord, Guard, GuardChange, Held, Lease, Leased, MessageId, QueueName, QueueRecord,
+    QueueSettings, Record, ReplicaName, RunState, Schedule, ScheduleName, ScheduleRecord,
+    ScheduleState, Subscription, SubscriptionName, Ticket, TopicName,
 };
 
 use super::{
     Amended, Amendment, Attendance, Attended, Claim, DeleteQueue, Depth, Enqueue, EnqueueOutcome,
     Error, Filter, Handover, Listed, News, Page, Precondition, Promoted, PumpRecord, PutQueue,
-    Reaped, Result, Settle, Settled, Store, Swept,
+    PutSchedule, PutSubscription, Reaped, Result, Settle, Settled, Store, Swept,
 };
 use enqueue::Enqueues;
 use news::Herald;
@@ -147,6 +151,8 @@ impl Postgres {
             listing::STATEMENTS,
             surgery::STATEMENTS,
             queues::STATEMENTS,
+            arrivals::STATEMENTS,
+            topics::STATEMENTS,
             groups::STATEMENTS,
             own_transaction::STATEMENTS,
             news::STATEMENTS,
@@ -184,6 +190,10 @@ impl Store for Postgres {
 
     async fn settle(&self, settle: Settle) -> Result<Settled> {
         self.settles.ask(settle).await?.map_err(|what| Error::Rejected { what })
+    }
+
+    async fn held(&self, tickets: Vec<Ticket>) -> Result<Vec<Option<Held>>> {
+        lease::held(self, tickets).await
     }
 
     async fn renew(&self, leases: Vec<Lease>, duration: Duration) -> Result<Vec<bool>> {
@@ -275,6 +285,49 @@ impl Store for Postgres {
 
     async fn guard(&self, queue: &QueueName, change: GuardChange) -> Result<Option<Guard>> {
         queues::guard(self, queue, change).await
+    }
+
+    async fn subscriptions(&self) -> Result<Vec<Subscription>> {
+        topics::subscriptions(self).await
+    }
+
+    async fn put_subscription(&self, subscription: Subscription) -> Result<PutSubscription> {
+        topics::put_subscription(self, subscription).await
+    }
+
+    async fn delete_subscription(
+        &self,
+        topic: &TopicName,
+        name: &SubscriptionName,
+    ) -> Result<bool> {
+        topics::delete_subscription(self, topic, name).await
+    }
+
+    async fn schedules(&self) -> Result<Vec<ScheduleRecord>> {
+        topics::schedules(self).await
+    }
+
+    async fn put_schedule(
+        &self,
+        name: &ScheduleName,
+        schedule: Schedule,
+        next_at: Option<Timestamp>,
+        precondition: Precondition,
+    ) -> Result<PutSchedule> {
+        topics::put_schedule(self, name, schedule, next_at, precondition).await
+    }
+
+    async fn turn_schedule(
+        &self,
+        name: &ScheduleName,
+        version: i64,
+        state: ScheduleState,
+    ) -> Result<bool> {
+        topics::turn_schedule(self, name, version, state).await
+    }
+
+    async fn delete_schedule(&self, name: &ScheduleName) -> Result<bool> {
+        topics::delete_schedule(self, name).await
     }
 
     async fn pump(&self) -> Result<PumpRecord> {

@@ -6,7 +6,7 @@
 
 use sqlx::{PgConnection, Row, query};
 
-use crate::model::{Lasts, NewMessage, State, When};
+use crate::model::{Lasts, NewMessage, QueueName, State, When};
 
 use super::super::{Enqueued, Error, Receipt, Result, check};
 use super::fault::Trouble;
@@ -32,7 +32,7 @@ impl Postgres {
     /// connection must be allowed to execute `pumphouse.take_one`, as the owner of the schema is.
     ///
     /// **Fails** with [`Error::Rejected`] where there is no such queue, where it is full, where a key belongs to
-    /// another request, and where a message has what no message may have (then the database is not asked); otherwise the
+    /// another request, where it is to be published to a topic, and where a message has what no message may have (then the database is not asked); otherwise the
     /// transaction is aborted, as after every error of a statement.
     ///
     /// ```no_run
@@ -53,13 +53,17 @@ impl Postgres {
         message: &NewMessage,
     ) -> Result<Enqueued> {
         check(message)?;
+        let Some(queue) = message.to.queue() else {
+            let what = "what is published to a topic is not sent in a transaction of one's own";
+            return Err(Error::Rejected { what: what.to_owned() });
+        };
         let details = serde_json::to_string(&message.details);
         let (wait, moment) = split(Some(message.deliver));
         let (lifetime, end) = split(message.expires);
         let keys = || message.keys.iter();
         let pending = |lasts| lasts == Lasts::WhilePending;
         let taken = query(TAKE_ONE)
-            .bind(message.queue.as_str())
+            .bind(queue.as_str())
             .bind(message.id.0)
             .bind(message.body.as_ref())
             .bind(message.kind.as_deref())
@@ -78,17 +82,17 @@ impl Postgres {
             .fetch_one(connection)
             .await
             .map_err(refused)?;
-        receipt(message, &taken).map_err(|error| Trouble::from(error).into())
+        receipt(queue, &taken).map_err(|error| Trouble::from(error).into())
     }
 }
 
-fn receipt(message: &NewMessage, row: &sqlx::postgres::PgRow) -> sqlx::Result<Enqueued> {
+fn receipt(queue: &QueueName, row: &sqlx::postgres::PgRow) -> sqlx::Result<Enqueued> {
     let (enqueued_at, deliver_at): (i64, i64) =
         (row.try_get("enqueued_at")?, row.try_get("deliver_at")?);
     let state: State = rows::waiting_state(deliver_at, enqueued_at);
     let receipt = Receipt {
         id: rows::message_id(row)?,
-        queue: message.queue.clone(),
+        queue: queue.clone(),
         state,
         enqueued_at: rows::moment(enqueued_at)?,
         deliver_at: rows::moment(deliver_at)?,

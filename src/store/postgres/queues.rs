@@ -98,12 +98,16 @@ select coalesce(
     (select 1 from tally where queue_id = $1 and state = 2 having sum(n) > 0)
 ) is not null";
 
-// Lives on: the primary key of queue. Whatever is left of it finds its end in a sweep.
+// Lives on: the primary key of queue, and subscription, read whole. Whatever is left of it finds its end in a sweep.
 const DELETE_QUEUE: &str = "\
 with gone as (
     delete from queue
     where id = $1
     returning id
+),
+unsubscribed as (
+    delete from subscription
+    where queue_id = $1
 )
 insert into doomed (queue_id)
 select id
@@ -142,7 +146,7 @@ where id = 1
     and body_limit <> $1";
 
 // Lives on: the primary key of pump.
-const COUNT_REVISION: &str = "\
+pub(super) const COUNT_REVISION: &str = "\
 update pump
 set revision = revision + 1
 where id = 1";
@@ -478,6 +482,6 @@ fn run_state(text: &str) -> sqlx::Result<RunState> {
     serde_json::from_str(text).map_err(|_| unreadable("a run state is unknown"))
 }
 
-fn json(value: &impl serde::Serialize) -> String {
+pub(super) fn json(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).expect("settings are plain data, which is always JSON")
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use sqlx::{Connection, PgConnection, Row, query};
 
 use super::super::{Enqueued, Settle, Settled, not_sent};
+use super::arrivals::{Arrival, arrivals};
 use super::enqueue::Plan;
 use super::facts::{Care, Facts, Patience, lock_names};
 use super::fault::Trouble;
@@ -27,11 +28,12 @@ pub(super) async fn settle_and_send(
     lock_names(&mut transaction, calls.iter().filter_map(|call| target(call))).await?;
     let mut answers = lock_those_that_send(&mut transaction, calls).await?;
     let held = calls.iter().zip(&answers).filter(|(_, answer)| **answer != LOST);
-    let all_sent = held.flat_map(|(call, _)| sent(call)).collect::<Vec<_>>();
+    let all_sent = held.flat_map(|(call, _)| sent(call));
+    let arrivals = arrivals(&mut transaction, all_sent).await?;
     let mut plan = None;
-    if !all_sent.is_empty() {
-        let facts = Facts::find(&mut transaction, &all_sent, &[], care).await?;
-        plan = Some(take_in(Plan::new(facts, pumps), calls, &mut answers));
+    if !arrivals.is_empty() {
+        let facts = Facts::find(&mut transaction, &arrivals, &[], care).await?;
+        plan = Some(take_in(Plan::new(facts, pumps), arrivals, calls, &mut answers));
     }
     let kept = |answer: &Answer| matches!(answer, Ok(Settled::Done { .. }));
     let chosen = (0..calls.len()).filter(|at| kept(&answers[*at])).collect::<Vec<_>>();
@@ -98,16 +100,20 @@ async fn lock_those_that_send(
 
 /// Plans to take in what these calls send, but for those that have lost their leases. What is refused is found out before
 /// anything is written, so that it fails for its own handler alone.
-fn take_in<'a>(mut plan: Plan<'a>, calls: &[&'a Settle], answers: &mut [Answer]) -> Plan<'a> {
-    let mut places = 0..;
+fn take_in<'a>(
+    mut plan: Plan<'a>,
+    arrivals: Vec<Arrival<'a>>,
+    calls: &[&'a Settle],
+    answers: &mut [Answer],
+) -> Plan<'a> {
+    let mut arrivals = arrivals.into_iter();
     for (call, answer) in calls.iter().zip(answers).filter(|(_, answer)| **answer != LOST) {
         let mark = plan.mark();
-        for (number, message) in sent(call).iter().enumerate() {
-            let place = places.next().expect("there is no last number");
+        for (number, arrival) in arrivals.by_ref().take(sent(call).len()).enumerate() {
             if answer.is_err() {
                 continue;
             }
-            if let Enqueued::Refused(refusal) = plan.take_in(message, place) {
+            if let Enqueued::Refused(refusal) = plan.take_in(arrival) {
                 plan.undo(mark);
                 *answer = Err(not_sent(number, &refusal));
             }

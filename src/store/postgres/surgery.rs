@@ -180,6 +180,13 @@ macro_rules! delete_gone {
 contents as (
     delete from content
     where seq = any(array(select seq from gone))
+    returning shared
+),
+released_bodies as (
+    insert into released (shared)
+    select distinct shared
+    from contents
+    where shared is not null
 ),
 deliveries as (
     delete from delivery

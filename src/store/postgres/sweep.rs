@@ -342,6 +342,33 @@ where (
         limit 1
     ) is null";
 
+// Lives on: released, at its beginning; the primary key of shared, and content_shared. What others have in hand is
+// looked at another time. Where none of a payload's messages is left, there will be none.
+const FORGET_SHARED: &str = "\
+with noted as (
+    delete from released
+    where ctid = any(array(
+        select ctid
+        from released
+        limit $1
+        for update skip locked
+    ))
+    returning shared
+),
+gone as (
+    delete from shared
+    where id = any(array(select shared from noted))
+        and (
+            select content.seq
+            from content
+            where content.shared = shared.id
+            order by content.shared
+            limit 1
+        ) is null
+)
+select count(*)
+from noted";
+
 // Lives on: tally, at its beginning. What others have in hand is folded another time.
 const FOLD: &str = "\
 with notes as (
@@ -374,6 +401,7 @@ pub(super) const STATEMENTS: &[&str] = &[
     CLEAR_DOOMED_TOKENS,
     CLEAR_DOOMED_KEYS,
     FORGET_DOOMED,
+    FORGET_SHARED,
     FOLD,
 ];
 
@@ -410,6 +438,8 @@ async fn sweep_all(connection: &mut PgConnection, max: i64) -> Result<Swept, Tro
     let kept = query(KEEP_KEYS).bind(max).bind(NEEDED_KEY).execute(&mut *connection).await?;
     more |= is_full((keys + kept.rows_affected()) as i64, max);
     more |= clear_doomed(connection, max).await?;
+    let noted = query_scalar(FORGET_SHARED).bind(max).fetch_one(&mut *connection).await?;
+    more |= is_full(noted, max);
     query(FOLD).execute(connection).await?;
     let named = |counts: BTreeMap<Option<QueueName>, u64>| {
         counts.into_iter().filter_map(|(queue, n)| Some((queue?, n))).collect()

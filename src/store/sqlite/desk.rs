@@ -12,7 +12,9 @@ use sqlx::sqlite::SqliteConnectOptions;
 use sqlx::{ConnectOptions, Connection, Row, SqliteConnection, query, query_scalar};
 
 use crate::clock::Clock;
-use crate::model::{MessageId, QueueName, QueueSettings, State, Token};
+use crate::model::{
+    MessageId, NewMessage, QueueName, QueueSettings, State, Subscription, Token, TopicName,
+};
 use crate::telemetry::metrics;
 
 use super::super::columns::{self, BEHIND};
@@ -20,7 +22,7 @@ use super::super::{Handover, News};
 use super::fault::{leaves_doubt, unreadable};
 use super::groups::GroupChanges;
 use super::open::Opened;
-use super::rows;
+use super::{rows, topics};
 
 /// The writer's desk.
 pub(super) struct Desk {
@@ -320,6 +322,8 @@ pub(super) struct Queues {
     by_id: HashMap<i64, Arc<Queue>>,
     /// Those that cannot be read; whoever lists all queues says so in the log.
     unreadable: HashSet<QueueName>,
+    /// Who wants what is published, by topic.
+    subscriptions: HashMap<TopicName, Vec<Subscription>>,
 }
 
 /// A queue, as far as writing needs it.
@@ -333,13 +337,17 @@ pub(super) struct Queue {
 impl Queues {
     async fn load(connection: &mut SqliteConnection) -> sqlx::Result<Self> {
         let mut queues = Self::default();
-        for row in query(QUEUES).fetch_all(connection).await? {
+        for row in query(QUEUES).fetch_all(&mut *connection).await? {
             // Nobody can ask for one whose name is no name.
             let Ok(name) = rows::queue_name(row.try_get("name")?) else { continue };
             match serde_json::from_str(row.try_get("settings")?) {
                 Ok(settings) => queues.add(Queue { id: row.try_get("id")?, name, settings }),
                 Err(_) => drop(queues.unreadable.insert(name)),
             }
+        }
+        for subscription in topics::all(connection).await? {
+            let of_topic = queues.subscriptions.entry(subscription.topic.clone()).or_default();
+            of_topic.push(subscription);
         }
         Ok(queues)
     }
@@ -361,6 +369,15 @@ impl Queues {
     /// The queue with this number.
     pub(super) fn numbered(&self, id: i64) -> Option<&Arc<Queue>> {
         self.by_id.get(&id)
+    }
+
+    /// The copies of a message that is published, for those that want it.
+    pub(super) fn copies_of(
+        &self,
+        topic: &TopicName,
+        message: &NewMessage,
+    ) -> Vec<(QueueName, NewMessage)> {
+        super::super::topics::copies(message, self.subscriptions.get(topic).into_iter().flatten())
     }
 
     /// Their numbers, as a JSON list.

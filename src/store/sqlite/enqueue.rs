@@ -4,20 +4,23 @@
 //! their keys read once for all of them, and then written with few statements. So a refusal undoes a
 //! part of the plan, and never a row.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 
-use sqlx::{Row, query};
+use bytes::Bytes;
 
-use crate::model::{Idempotency, Lasts, Leased, MessageId, NewMessage, State};
+use crate::model::{
+    Destination, Idempotency, Lasts, Leased, MessageId, NewMessage, QueueName, State, TopicName,
+};
 
-use super::super::columns::WHILE_PENDING;
+use super::super::columns::{OF_TOPICS, WHILE_PENDING};
 use super::super::{
-    Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Receipt, Refusal, Result, refusals,
+    Copied, Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Published, Receipt, Refusal,
+    Result, TOPIC_WINDOW, is_new, refusals, topics,
 };
 use super::desk::{Count, Desk, Held, Queue};
-use super::fault::{of_one, unreadable};
+use super::fault::of_one;
 use super::rows::{self, Insert, Rows, Statement};
-use super::surgery;
 
 /// Plans these calls one after the other, as if each were alone.
 pub(super) fn plan_calls<'a>(
@@ -33,7 +36,7 @@ fn plan_call<'a>(
     plan: &mut Plan<'a>,
     call: &'a Enqueue,
 ) -> Result<EnqueueOutcome> {
-    let batch = call.batch.zip(batch_queue(desk, call));
+    let batch = batch_key(call).zip(batch_queue(desk, call));
     if let Some((key, queue_id)) = batch
         && plan.known.get(&(queue_id, key.key)).is_some_and(|known| !known.is_for(&key))
     {
@@ -49,35 +52,65 @@ fn plan_call<'a>(
         return Ok(EnqueueOutcome::Refused(refusals));
     }
     if let Some((key, queue_id)) = batch
-        && answers.iter().any(|answer| matches!(answer, Enqueued::New(_)))
+        && answers.iter().any(is_new)
     {
-        plan.remember(desk, queue_id, key, None);
+        plan.remember(desk, queue_id, key, Of::Nothing);
     }
     Ok(EnqueueOutcome::Done(answers))
 }
 
 /// The queue whose window a key over the whole batch has: its first message's.
-fn batch_queue(desk: &Desk, call: &Enqueue) -> Option<i64> {
-    let first = call.messages.first()?;
-    desk.queues.named(&first.queue).ok()?.map(|queue| queue.id)
+pub(super) fn batch_queue(desk: &Desk, call: &Enqueue) -> Option<i64> {
+    match &call.messages.first()?.to {
+        Destination::Queue(queue) => desk.queues.named(queue).ok()?.map(|queue| queue.id),
+        Destination::Topic { .. } => Some(OF_TOPICS),
+    }
+}
+
+/// The key over a whole batch as it is kept.
+pub(super) fn batch_key(call: &Enqueue) -> Option<Idempotency> {
+    let key = call.batch?;
+    match &call.messages.first()?.to {
+        Destination::Queue(_) => Some(key),
+        Destination::Topic { topic, .. } => Some(topics::key_of(topic, &key)),
+    }
 }
 
 /// What a transaction is going to insert, and what it must know for that.
 #[derive(Debug, Default)]
 pub(super) struct Plan<'a> {
     /// The keys that count, those of the plan too.
-    known: HashMap<(i64, [u8; 16]), Known>,
+    pub(super) known: HashMap<(i64, [u8; 16]), Known>,
     /// The messages that are there by name; filled only where somebody has to be careful.
-    named: HashMap<MessageId, Receipt>,
+    pub(super) named: HashMap<MessageId, Receipt>,
     rows: Vec<NewRow<'a>>,
     keys: Vec<NewKey>,
+    /// Payloads that several of the rows have.
+    shared: Vec<(i64, Bytes)>,
 }
 
-/// What is remembered of a key. A key over a whole batch has no answer of its own.
+/// What is remembered of a key.
 #[derive(Debug)]
-struct Known {
-    fingerprint: [u8; 32],
-    answer: Option<Receipt>,
+pub(super) struct Known {
+    pub(super) fingerprint: [u8; 32],
+    pub(super) answer: Answer,
+}
+
+/// What was answered to the request with a key.
+#[derive(Debug, Clone)]
+pub(super) enum Answer {
+    /// It was over a whole batch, and has no answer of its own.
+    Nothing,
+    Message(Receipt),
+    Published(Published),
+}
+
+/// What a key is of.
+enum Of<'k> {
+    /// A whole batch.
+    Nothing,
+    Row(&'k NewRow<'k>),
+    Published(&'k Published),
 }
 
 impl Known {
@@ -90,7 +123,9 @@ impl Known {
 struct NewRow<'a> {
     seq: i64,
     queue_id: i64,
-    message: &'a NewMessage,
+    message: Cow<'a, NewMessage>,
+    /// Where its payload is, if it is that of others too.
+    shared: Option<i64>,
     enqueued_at: i64,
     due_at: i64,
     expires_at: Option<i64>,
@@ -110,6 +145,7 @@ struct NewKey {
     deliver_at: i64,
     expires_at: i64,
     sweep_at: i64,
+    answer: Option<String>,
 }
 
 /// A place in a plan to which it can be undone.
@@ -117,6 +153,7 @@ struct NewKey {
 pub(super) struct Mark {
     rows: usize,
     keys: usize,
+    shared: usize,
 }
 
 impl<'a> Plan<'a> {
@@ -137,21 +174,91 @@ impl<'a> Plan<'a> {
     /// Takes one message in, or says why not, or that it is here already. **Fails** where its queue cannot
     /// be read.
     pub(super) fn take_in(&mut self, desk: &mut Desk, message: &'a NewMessage) -> Result<Enqueued> {
-        let Some(queue) = desk.queues.named(&message.queue).map_err(of_one)? else {
-            return Ok(Enqueued::Refused(Refusal::NoSuchQueue(message.queue.clone())));
+        match &message.to {
+            Destination::Queue(queue) => self.take_into(desk, queue, Cow::Borrowed(message), None),
+            Destination::Topic { topic, require_subscribers } => {
+                self.publish(desk, topic, message, *require_subscribers)
+            }
+        }
+    }
+
+    fn take_into(
+        &mut self,
+        desk: &mut Desk,
+        queue: &QueueName,
+        message: Cow<'a, NewMessage>,
+        shared: Option<i64>,
+    ) -> Result<Enqueued> {
+        let Some(queue) = desk.queues.named(queue).map_err(of_one)? else {
+            return Ok(Enqueued::Refused(Refusal::NoSuchQueue(queue.clone())));
         };
-        if let Some(answer) = self.known_already(&queue, message) {
+        if let Some(answer) = self.known_already(&queue, &message) {
             return Ok(answer);
         }
         if self.is_full(desk, &queue) {
-            return Ok(Enqueued::Refused(Refusal::QueueFull(message.queue.clone())));
+            return Ok(Enqueued::Refused(Refusal::QueueFull(queue.name.clone())));
         }
-        Ok(Enqueued::New(self.add(desk, &queue, message)))
+        Ok(Enqueued::New(self.add(desk, &queue, message, shared)))
+    }
+
+    /// Takes a copy of a message into each queue that wants it; all of them or none.
+    fn publish(
+        &mut self,
+        desk: &mut Desk,
+        topic: &TopicName,
+        message: &'a NewMessage,
+        require_subscribers: bool,
+    ) -> Result<Enqueued> {
+        let keys = topics::keys_of(topic, message);
+        let known = |key: &Idempotency| self.known.get(&(OF_TOPICS, key.key));
+        if keys.iter().any(|key| known(key).is_some_and(|known| !known.is_for(key))) {
+            return Ok(Enqueued::Refused(Refusal::KeyReused));
+        }
+        if let Some(Answer::Published(first)) =
+            keys.iter().find_map(|key| Some(known(key)?.answer.clone()))
+        {
+            return Ok(Enqueued::Published(Published { duplicate: true, ..first }));
+        }
+        let copies = desk.queues.copies_of(topic, message);
+        if copies.is_empty() && require_subscribers {
+            return Ok(Enqueued::Refused(Refusal::NoSubscribers(topic.clone())));
+        }
+        let mark = self.mark();
+        let shared = topics::is_shared(message, copies.len()).then(|| desk.take_seq());
+        let mut published = Published {
+            topic: topic.clone(),
+            id: message.id,
+            copies: Vec::with_capacity(copies.len()),
+            duplicate: false,
+        };
+        for (queue, copy) in copies {
+            let (id, was_there) = match self.take_into(desk, &queue, Cow::Owned(copy), shared) {
+                Ok(Enqueued::New(receipt)) => (receipt.id, false),
+                Ok(Enqueued::Duplicate(receipt)) => (receipt.id, true),
+                refused_or_failed => {
+                    self.undo(desk, mark);
+                    return refused_or_failed;
+                }
+            };
+            published.copies.push(Copied { queue, id, was_there });
+        }
+        if let Some(shared) = shared.filter(|id| self.is_used(mark, *id)) {
+            self.shared.push((shared, message.body.clone()));
+        }
+        for key in keys {
+            self.remember(desk, OF_TOPICS, key, Of::Published(&published));
+        }
+        Ok(Enqueued::Published(published))
+    }
+
+    /// Whether a row that was planned since then has this payload.
+    fn is_used(&self, mark: Mark, shared: i64) -> bool {
+        self.rows[mark.rows..].iter().any(|row| row.shared == Some(shared))
     }
 
     /// Where the plan stands now.
     pub(super) fn mark(&self) -> Mark {
-        Mark { rows: self.rows.len(), keys: self.keys.len() }
+        Mark { rows: self.rows.len(), keys: self.keys.len(), shared: self.shared.len() }
     }
 
     /// Takes back what was planned since then. News of it may still be told, and then is for nothing.
@@ -160,6 +267,7 @@ impl<'a> Plan<'a> {
             desk.went(row.queue_id, row.count());
             self.named.remove(&row.message.id);
         }
+        self.shared.truncate(mark.shared);
         for key in self.keys.drain(mark.keys..) {
             self.known.remove(&(key.queue_id, key.key.key));
         }
@@ -171,6 +279,7 @@ impl<'a> Plan<'a> {
         let bind: &[fn(Statement, &NewRow<'a>) -> Statement] =
             &[NewRow::bind_message, NewRow::bind_content];
         INSERT_MESSAGES.all(connection, &self.rows, bind).await?;
+        INSERT_SHARED.all(connection, &self.shared, &[bind_shared]).await?;
         INSERT_KEYS.all(connection, &self.keys, &[NewKey::bind]).await?;
         Ok(self.rows.into_iter().filter_map(|row| row.handed(desk)).collect())
     }
@@ -181,7 +290,10 @@ impl<'a> Plan<'a> {
         if message.keys.iter().any(|key| known(key).is_some_and(|known| !known.is_for(key))) {
             return Some(Enqueued::Refused(Refusal::KeyReused));
         }
-        let by_key = message.keys.iter().find_map(|key| known(key)?.answer.as_ref());
+        let by_key = message.keys.iter().find_map(|key| match &known(key)?.answer {
+            Answer::Message(receipt) => Some(receipt),
+            Answer::Nothing | Answer::Published(_) => None,
+        });
         let answer = by_key.or_else(|| self.named.get(&message.id))?;
         Some(Enqueued::Duplicate(answer.clone()))
     }
@@ -191,7 +303,13 @@ impl<'a> Plan<'a> {
         queue.settings.max_messages.is_some_and(|max| unsettled() >= max)
     }
 
-    fn add(&mut self, desk: &mut Desk, queue: &Queue, message: &'a NewMessage) -> Receipt {
+    fn add(
+        &mut self,
+        desk: &mut Desk,
+        queue: &Queue,
+        message: Cow<'a, NewMessage>,
+        shared: Option<i64>,
+    ) -> Receipt {
         let now = desk.now;
         let due_at = rows::resolve(message.deliver, now);
         let expires_at = message.expires.map(|when| rows::resolve(when, now));
@@ -206,12 +324,13 @@ impl<'a> Plan<'a> {
         let row = NewRow {
             seq: desk.take_seq(),
             queue_id: queue.id,
+            group: message.details.group_number(),
             message,
+            shared,
             enqueued_at: now,
             due_at,
             expires_at,
             receipt: receipt.clone(),
-            group: message.details.group_number(),
             lease: None,
         };
         let lease = if has_expired || row.group.is_some() {
@@ -224,20 +343,24 @@ impl<'a> Plan<'a> {
         if let Some(group) = row.group {
             desk.groups.came(queue.id, group);
         }
-        for key in &message.keys {
-            self.remember(desk, queue.id, *key, Some(&row));
+        for key in &row.message.keys {
+            self.remember(desk, queue.id, *key, Of::Row(&row));
         }
         if desk.careful {
-            self.named.insert(message.id, receipt.clone());
+            self.named.insert(receipt.id, receipt.clone());
         }
         self.rows.push(row);
         receipt
     }
 
-    fn remember(&mut self, desk: &Desk, queue_id: i64, key: Idempotency, of: Option<&NewRow<'_>>) {
+    fn remember(&mut self, desk: &Desk, queue_id: i64, key: Idempotency, of: Of<'_>) {
         let queue = desk.queues.numbered(queue_id);
-        let window = queue.map(|queue| queue.settings.dedup_window).unwrap_or_default();
-        let answer = of.map(|row| row.receipt.clone());
+        let window = queue.map_or(TOPIC_WINDOW, |queue| queue.settings.dedup_window);
+        let (row, answer, text) = match of {
+            Of::Nothing => (None, Answer::Nothing, None),
+            Of::Row(row) => (Some(row), Answer::Message(row.receipt.clone()), None),
+            Of::Published(it) => (None, Answer::Published(it.clone()), Some(it.kept())),
+        };
         let (expires_at, sweep_at) = match key.lasts {
             Lasts::Window => {
                 let expires_at = rows::after(desk.now, window);
@@ -249,12 +372,13 @@ impl<'a> Plan<'a> {
         self.keys.push(NewKey {
             queue_id,
             key,
-            seq: of.map_or(0, |row| row.seq),
-            id: of.map(|row| row.message.id),
+            seq: row.map_or(0, |row| row.seq),
+            id: row.map(|row| row.message.id),
             enqueued_at: desk.now,
-            deliver_at: of.map_or(desk.now, |row| row.due_at),
+            deliver_at: row.map_or(desk.now, |row| row.due_at),
             expires_at,
             sweep_at,
+            answer: text,
         });
     }
 }
@@ -275,21 +399,34 @@ values\n",
     },
     Rows {
         head: "\
-insert into content (seq, deliver_at, kind, correlation_id, details, body)
+insert into content (seq, deliver_at, kind, correlation_id, details, body, shared)
 values\n",
-        row: "(?, ?, ?, ?, ?, ?)",
+        row: "(?, ?, ?, ?, ?, ?, ?)",
         tail: "",
     },
 ]);
+
+// Lives on: shared, at its end.
+static INSERT_SHARED: Insert = Insert::into(&[Rows {
+    head: "\
+insert into shared (id, body)
+values\n",
+    row: "(?, ?)",
+    tail: "",
+}]);
+
+fn bind_shared(statement: Statement, (id, body): &(i64, Bytes)) -> Statement {
+    statement.bind(*id).bind(body.to_vec())
+}
 
 // Lives on: the primary key of idempotency. What is replaced is a key that no longer counted.
 static INSERT_KEYS: Insert = Insert::into(&[Rows {
     head: "\
 insert into idempotency (
-    queue_id, key, fingerprint, seq, id, enqueued_at, deliver_at, expires_at, sweep_at
+    queue_id, key, fingerprint, seq, id, enqueued_at, deliver_at, expires_at, sweep_at, answer
 )
 values\n",
-    row: "(?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    row: "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     tail: "
 on conflict (queue_id, key) do update
 set fingerprint = excluded.fingerprint, seq = excluded.seq, id = excluded.id,
@@ -319,7 +456,7 @@ impl NewRow<'_> {
     /// What goes to the place that was kept for it, if there was one.
     fn handed(self, desk: &mut Desk) -> Option<(Place, Leased)> {
         let lease = self.lease?;
-        let message = self.message;
+        let message = &self.message;
         let held = Held {
             id: message.id,
             queue_id: self.queue_id,
@@ -331,7 +468,8 @@ impl NewRow<'_> {
         };
         desk.leases.insert(self.seq, held);
         let expires_at = self.expires_at.and_then(|at| rows::moment(at).ok());
-        Some(lease.handed(self.seq, message, self.receipt.enqueued_at, expires_at))
+        let queue = &self.receipt.queue;
+        Some(lease.handed(self.seq, (queue, message), self.receipt.enqueued_at, expires_at))
     }
 
     fn bind_message(statement: Statement, row: &Self) -> Statement {
@@ -365,7 +503,8 @@ impl NewRow<'_> {
             .bind(row.message.kind.clone())
             .bind(row.message.correlation_id.clone())
             .bind(details.expect("details are text, which is always JSON"))
-            .bind(row.message.body.to_vec())
+            .bind(if row.shared.is_some() { Vec::new() } else { row.message.body.to_vec() })
+            .bind(row.shared)
     }
 }
 
@@ -381,98 +520,13 @@ impl NewKey {
             .bind(key.deliver_at)
             .bind(key.expires_at)
             .bind(key.sweep_at)
+            .bind(key.answer.clone())
     }
-}
-
-// Lives on: the primary keys of idempotency and message. A key counts in its window, and as long as
-// its message can still be delivered or is dead.
-const KNOWN_KEYS: &str = "\
-select idempotency.queue_id, idempotency.key, idempotency.fingerprint, idempotency.seq,
-    idempotency.id, idempotency.enqueued_at, idempotency.deliver_at
-from json_each(?1) as wanted
-cross join idempotency
-    on idempotency.queue_id = wanted.value ->> 0
-    and idempotency.key = unhex(wanted.value ->> 1)
-left join message
-    on message.seq = idempotency.seq
-    and message.id = idempotency.id
-where idempotency.expires_at > ?2
-    or message.state in (0, 1, 2)
-    or (message.state = 5 and idempotency.expires_at >= 0)";
-
-// Lives on: message_id, then the primary keys of content and queue.
-const KNOWN_NAMES: &str = "\
-select message.seq, message.queue_id, message.id, message.enqueued_at,
-    coalesce(content.deliver_at, message.due_at) as deliver_at, queue.id is null as doomed
-from json_each(?) as wanted
-cross join message on message.id = unhex(wanted.value)
-left join content on content.seq = message.seq
-left join queue on queue.id = message.queue_id";
-
-impl Plan<'_> {
-    async fn load_keys(
-        &mut self,
-        desk: &mut Desk,
-        messages: &[&NewMessage],
-        calls: &[&Enqueue],
-    ) -> sqlx::Result<()> {
-        let mut wanted = Vec::new();
-        for message in messages.iter().filter(|message| !message.keys.is_empty()) {
-            let Ok(Some(queue)) = desk.queues.named(&message.queue) else { continue };
-            wanted.extend(message.keys.iter().map(|key| (queue.id, rows::hex(&key.key))));
-        }
-        let batches = calls.iter().filter_map(|call| call.batch.zip(batch_queue(desk, call)));
-        wanted.extend(batches.map(|(key, queue_id)| (queue_id, rows::hex(&key.key))));
-        if wanted.is_empty() {
-            return Ok(());
-        }
-        let known = query(KNOWN_KEYS).bind(rows::json(&wanted)).bind(desk.now);
-        for row in known.fetch_all(&mut desk.connection).await? {
-            let seq: i64 = row.try_get("seq")?;
-            let answer = if seq == 0 { None } else { Some(receipt(desk, &row)?) };
-            let known = Known { fingerprint: bytes(row.try_get("fingerprint")?)?, answer };
-            self.known.insert((row.try_get("queue_id")?, bytes(row.try_get("key")?)?), known);
-        }
-        Ok(())
-    }
-
-    async fn load_names(&mut self, desk: &mut Desk, messages: &[&NewMessage]) -> sqlx::Result<()> {
-        let names = messages.iter().map(|message| rows::hex(message.id.0.as_bytes()));
-        let names = rows::json(&names.collect::<Vec<_>>());
-        let mut doomed = Vec::new();
-        for row in query(KNOWN_NAMES).bind(names).fetch_all(&mut desk.connection).await? {
-            if row.try_get("doomed")? {
-                doomed.push(row.try_get("seq")?);
-                continue;
-            }
-            let receipt = receipt(desk, &row)?;
-            self.named.insert(receipt.id, receipt);
-        }
-        // Messages of queues that were deleted are in nobody's way.
-        surgery::delete(desk, &doomed).await
-    }
-}
-
-/// The first answer, made again from what was kept of it.
-fn receipt(desk: &Desk, row: &sqlx::sqlite::SqliteRow) -> sqlx::Result<Receipt> {
-    let queue = desk.queues.numbered(row.try_get("queue_id")?);
-    let queue = queue.ok_or_else(|| unreadable("a queue's number is unknown"))?;
-    let (enqueued_at, deliver_at) = (row.try_get("enqueued_at")?, row.try_get("deliver_at")?);
-    Ok(Receipt {
-        id: rows::message_id(row)?,
-        queue: queue.name.clone(),
-        state: rows::waiting_state(deliver_at, enqueued_at),
-        enqueued_at: rows::moment(enqueued_at)?,
-        deliver_at: rows::moment(deliver_at)?,
-    })
-}
-
-fn bytes<const N: usize>(bytes: &[u8]) -> sqlx::Result<[u8; N]> {
-    bytes.try_into().map_err(|_| unreadable("a key has another length"))
 }
 
 /// The statements of this file.
 pub(super) fn statements() -> impl Iterator<Item = &'static str> {
     let inserts = INSERT_MESSAGES.statements().chain(INSERT_KEYS.statements());
-    inserts.chain([KNOWN_KEYS, KNOWN_NAMES])
+    let inserts = inserts.chain(INSERT_SHARED.statements());
+    inserts
 }

@@ -3,20 +3,23 @@
 //! A claim is read as one row, whatever it takes: a row is a word between two threads, and a word for each
 //! message costs more than the message. What the rows hold is laid end to end, with the lengths beside it.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use serde::Deserialize;
 use sqlx::sqlite::SqliteRow;
-use sqlx::{Row, query};
+use sqlx::{Row, SqliteExecutor, query};
 
-use crate::model::{Head, Lease, Leased, Message, State, Token, Tries};
+use crate::model::{self, Head, Lease, Leased, Message, State, Ticket, Token, Tries};
 
 use super::super::{CLAIM_BYTES_MAX, Claim};
 use super::desk::{Desk, Held, Queue};
 use super::fault::unreadable;
 use super::rows;
+
+/// The start of a process in whose name leases are that outlive this process.
+pub(super) const OF_NOBODY_HERE: i64 = 0;
 
 /// Claims in the order of lease. `asked` is the monotonic time at which the caller asked.
 pub(super) async fn lease(
@@ -26,10 +29,18 @@ pub(super) async fn lease(
     asked: Instant,
 ) -> sqlx::Result<Vec<Leased>> {
     let mut leased = Vec::new();
+    let (max, incarnation) = match claim.out_max {
+        None => (claim.max, desk.incarnation),
+        Some(most) => {
+            let out = usize::try_from(desk.count(queue.id, State::Leased)).unwrap_or(0);
+            (claim.max.min((most as usize).saturating_sub(out)), OF_NOBODY_HERE)
+        }
+    };
     // Goes round again only where it met something unreadable, which then is no longer ready.
-    while leased.len() < claim.max {
-        let picked = pick(desk, queue, claim.urgent_only, claim.max - leased.len()).await?;
-        let taken = take(desk, queue, claim, &picked, asked + claim.duration).await?;
+    while leased.len() < max {
+        let picked = pick(desk, queue, claim.urgent_only, max - leased.len()).await?;
+        let taken =
+            take(desk, queue, (claim, incarnation), &picked, asked + claim.duration).await?;
         mark_unreadable(desk, queue, &taken.unreadable).await?;
         leased.extend(taken.good);
         if taken.unreadable.is_empty() {
@@ -258,19 +269,21 @@ where seq in (select value from json_each(?1))"
     };
 }
 
-/// Lives on: the primary key of content.
+/// Lives on: the primary keys of content and shared.
 macro_rules! contents {
     () => {
         "\
 select
     json_group_array(json_array(
         content.seq, octet_length(kind), octet_length(correlation_id), octet_length(details),
-        octet_length(body)
+        coalesce((select octet_length(shared.body) from shared where shared.id = content.shared), octet_length(body))
     )) as lengths,
     cast(group_concat(kind, '') as blob) as kinds,
     cast(group_concat(correlation_id, '') as blob) as correlation_ids,
     cast(group_concat(details, '') as blob) as details,
-    cast(group_concat(body, '') as blob) as bodies
+    cast(group_concat(
+        coalesce((select shared.body from shared where shared.id = content.shared), body), ''
+    ) as blob) as bodies
 from json_each(?1) as wanted
 cross join content on content.seq = wanted.value"
     };
@@ -293,7 +306,7 @@ struct Taken {
 async fn take(
     desk: &mut Desk,
     queue: &Queue,
-    claim: &Claim,
+    (claim, incarnation): (&Claim, i64),
     picked: &[Picked],
     until: Instant,
 ) -> sqlx::Result<Taken> {
@@ -308,7 +321,7 @@ async fn take(
         .bind(chance)
         .bind(desk.now)
         .bind(lease_until)
-        .bind(desk.incarnation)
+        .bind(incarnation)
         .bind(claim.replica.as_str().to_owned())
         .fetch_one(&mut desk.connection)
         .await?;
@@ -468,6 +481,51 @@ async fn mark_unreadable(
     Ok(())
 }
 
+// Lives on: the primary keys of message, queue and content.
+const HELD: &str = "\
+select message.seq, message.id, message.token, message.rank, message.attempts, message.failures,
+    message.crashes, message.enqueued_at, message.expires_at, message.leased_at, queue.name as queue,
+    content.kind, content.correlation_id, content.details
+from json_each(?1) as wanted
+cross join message on message.seq = wanted.value
+cross join queue on queue.id = message.queue_id
+cross join content on content.seq = message.seq
+where message.state = 2
+    and message.lease_until > ?2";
+
+/// What is known of these leases, in order; `None` for those that are lost.
+pub(super) async fn held(
+    reader: impl SqliteExecutor<'_>,
+    tickets: &[Ticket],
+    now: i64,
+) -> sqlx::Result<Vec<Option<model::Held>>> {
+    let seqs = rows::list(tickets.iter().map(|ticket| ticket.seq));
+    let mut found = HashMap::new();
+    for row in query(HELD).bind(seqs).bind(now).fetch_all(reader).await? {
+        let ticket = Ticket { seq: row.try_get("seq")?, token: Token(row.try_get("token")?) };
+        let details = serde_json::from_str(row.try_get("details")?);
+        let head = Head {
+            id: rows::message_id(&row)?,
+            queue: rows::queue_name(row.try_get("queue")?)?,
+            kind: row.try_get("kind")?,
+            correlation_id: row.try_get("correlation_id")?,
+            details: details.map_err(|_| unreadable("the details are not what was written"))?,
+            priority: rows::priority(row.try_get("rank")?)?,
+            enqueued_at: rows::moment(row.try_get("enqueued_at")?)?,
+            expires_at: rows::maybe_moment(row.try_get("expires_at")?)?,
+        };
+        let tries = rows::tries_of(
+            row.try_get("attempts")?,
+            row.try_get("failures")?,
+            row.try_get("crashes")?,
+        )?;
+        let leased_at = rows::moment(row.try_get("leased_at")?)?;
+        let now = rows::moment(now)?;
+        found.insert(ticket, model::Held { head, tries, leased_at, now });
+    }
+    Ok(tickets.iter().map(|ticket| found.get(ticket).cloned()).collect())
+}
+
 // Lives on: the primary keys of message and queue. Moves within message_leased. A lease that has run out, or is
 // somebody else's, stays as it is.
 const RENEW: &str = "\
@@ -508,4 +566,4 @@ pub(super) async fn renew(
 
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] =
-    &[READY, LANES, IN_TURN, URGENT, MARK_LEASED, CONTENTS, MARK_UNREADABLE, RENEW];
+    &[READY, LANES, IN_TURN, URGENT, MARK_LEASED, CONTENTS, MARK_UNREADABLE, HELD, RENEW];

@@ -32,7 +32,7 @@ order by number desc";
 
 // Lives on: message_id, then the primary keys of queue and content.
 const PAYLOAD: &str = "\
-select content.body
+select coalesce((select shared.body from shared where shared.id = content.shared), content.body)
 from message
 cross join queue on queue.id = message.queue_id
 cross join content on content.seq = message.seq

@@ -15,9 +15,11 @@ mod rows;
 mod desk;
 mod writer;
 mod enqueue;
+mod known;
 mod lease;
 mod settle;
 mod queues;
+mod topics;
 mod surgery;
 mod groups;
 mod listing;
@@ -30,19 +32,21 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use bytes::Bytes;
+use jiff::Timestamp;
 use sqlx::sqlite::SqlitePool;
 use sqlx::{query, query_scalar};
 
 use crate::clock::Clock;
 use crate::model::{
-    DeliveryRecord, Guard, GuardChange, Lease, Leased, MessageId, QueueName, QueueRecord,
-    QueueSettings, Record, RunState,
+    DeliveryRecord, Guard, GuardChange, Held, Lease, Leased, MessageId, QueueName, QueueRecord,
+    QueueSettings, Record, RunState, Schedule, ScheduleName, ScheduleRecord, ScheduleState,
+    Subscription, SubscriptionName, Ticket, TopicName,
 };
 
 use super::{
     Amended, Amendment, Attendance, Attended, Claim, DeleteQueue, Depth, Enqueue, EnqueueOutcome,
     Error, Filter, Handover, Listed, News, Page, Precondition, Promoted, PumpRecord, PutQueue,
-    Reaped, Result, Settle, Settled, Store, Swept,
+    PutSchedule, PutSubscription, Reaped, Result, Settle, Settled, Store, Swept,
 };
 use desk::Desk;
 use fault::of_one;
@@ -89,8 +93,10 @@ impl Sqlite {
         let lists = [
             open::STATEMENTS,
             desk::STATEMENTS,
+            known::STATEMENTS,
             lease::STATEMENTS,
             queues::STATEMENTS,
+            topics::STATEMENTS,
             surgery::STATEMENTS,
             groups::STATEMENTS,
             upkeep::STATEMENTS,
@@ -125,6 +131,10 @@ impl Store for Sqlite {
 
     async fn settle(&self, settle: Settle) -> Result<Settled> {
         self.writer.settle(settle).await
+    }
+
+    async fn held(&self, tickets: Vec<Ticket>) -> Result<Vec<Option<Held>>> {
+        lease::held(&self.readers, &tickets, self.now()).await.map_err(of_one)
     }
 
     async fn renew(&self, leases: Vec<Lease>, duration: Duration) -> Result<Vec<bool>> {
@@ -251,6 +261,69 @@ impl Store for Sqlite {
         let queue = queue.clone();
         self.writer
             .errand(move |desk| Box::pin(async move { queues::guard(desk, &queue, &change).await }))
+            .await
+    }
+
+    async fn subscriptions(&self) -> Result<Vec<Subscription>> {
+        topics::all(&self.readers).await.map_err(of_one)
+    }
+
+    async fn put_subscription(&self, subscription: Subscription) -> Result<PutSubscription> {
+        self.writer
+            .errand(move |desk| Box::pin(async move { topics::put(desk, &subscription).await }))
+            .await
+    }
+
+    async fn delete_subscription(
+        &self,
+        topic: &TopicName,
+        name: &SubscriptionName,
+    ) -> Result<bool> {
+        let (topic, name) = (topic.clone(), name.clone());
+        self.writer
+            .errand(move |desk| Box::pin(async move { topics::delete(desk, &topic, &name).await }))
+            .await
+    }
+
+    async fn schedules(&self) -> Result<Vec<ScheduleRecord>> {
+        topics::schedules(&self.readers).await.map_err(of_one)
+    }
+
+    async fn put_schedule(
+        &self,
+        name: &ScheduleName,
+        schedule: Schedule,
+        next_at: Option<Timestamp>,
+        precondition: Precondition,
+    ) -> Result<PutSchedule> {
+        let name = name.clone();
+        self.writer
+            .errand(move |desk| {
+                Box::pin(async move {
+                    topics::put_schedule(desk, &name, schedule, next_at, &precondition).await
+                })
+            })
+            .await
+    }
+
+    async fn turn_schedule(
+        &self,
+        name: &ScheduleName,
+        version: i64,
+        state: ScheduleState,
+    ) -> Result<bool> {
+        let name = name.clone();
+        self.writer
+            .errand(move |desk| {
+                Box::pin(async move { topics::turn_schedule(desk, &name, version, &state).await })
+            })
+            .await
+    }
+
+    async fn delete_schedule(&self, name: &ScheduleName) -> Result<bool> {
+        let name = name.clone();
+        self.writer
+            .errand(move |desk| Box::pin(async move { topics::delete_schedule(desk, &name).await }))
             .await
     }
 

@@ -94,6 +94,11 @@ const DELETE: &str = "\
 delete from queue
 where id = ?";
 
+// Lives on: subscription, read whole; there are few.
+const UNSUBSCRIBE: &str = "\
+delete from subscription
+where queue_id = ?";
+
 // Lives on: the primary key of doomed.
 const DOOM: &str = "\
 insert into doomed (queue_id)
@@ -116,7 +121,7 @@ pub(super) async fn delete(
         return Ok(DeleteQueue::NotEmpty);
     }
     desk.leases.retain(|_, held| held.queue_id != queue.id);
-    for text in [DELETE, DOOM, DELETE_TALLY] {
+    for text in [DELETE, DOOM, DELETE_TALLY, UNSUBSCRIBE] {
         query(text).bind(queue.id).execute(&mut desk.connection).await?;
     }
     changed(desk).await?;
@@ -231,7 +236,7 @@ update pump
 set revision = revision + 1
 where id = 1";
 
-async fn changed(desk: &mut Desk) -> sqlx::Result<()> {
+pub(super) async fn changed(desk: &mut Desk) -> sqlx::Result<()> {
     query(NEXT_REVISION).execute(&mut desk.connection).await?;
     desk.queues_change();
     Ok(())
@@ -268,7 +273,7 @@ fn guard_of(row: &SqliteRow) -> sqlx::Result<Guard> {
     guard.map_err(|_| unreadable("a queue's guard is unknown"))
 }
 
-fn text(value: &impl serde::Serialize) -> String {
+pub(super) fn text(value: &impl serde::Serialize) -> String {
     serde_json::to_string(value).expect("settings are plain data, which is always JSON")
 }
 
@@ -281,6 +286,7 @@ pub(super) const STATEMENTS: &[&str] = &[
     DELETE_TALLY,
     DELETE,
     DOOM,
+    UNSUBSCRIBE,
     QUEUE_STATE,
     SET_QUEUE_STATE,
     SET_PUMP_STATE,

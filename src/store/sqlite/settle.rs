@@ -116,7 +116,7 @@ fn send<'a>(desk: &mut Desk, plan: &mut Plan<'a>, sent: &'a [NewMessage]) -> Res
     let mark = plan.mark();
     for (place, message) in sent.iter().enumerate() {
         let why = match plan.take_in(desk, message) {
-            Ok(Enqueued::New(_) | Enqueued::Duplicate(_)) => continue,
+            Ok(Enqueued::New(_) | Enqueued::Duplicate(_) | Enqueued::Published(_)) => continue,
             Ok(Enqueued::Refused(refusal)) => Error::Rejected { what: not_sent(place, &refusal) },
             Err(error) => error,
         };

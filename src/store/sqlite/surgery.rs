@@ -199,6 +199,22 @@ const DELETE_MESSAGES: &str = "\
 delete from message
 where seq in (select value from json_each(?))";
 
+// Lives on: the primary key of content.
+const SHARED_BY: &str = "\
+select distinct shared
+from content
+where seq in (select value from json_each(?)) and shared is not null";
+
+// Lives on: the primary key of shared, and content_shared.
+const DELETE_UNSHARED: &str = "\
+delete from shared
+where id in (select value from json_each(?))
+    and not exists (
+        select 1
+        from content indexed by content_shared
+        where content.shared = shared.id
+    )";
+
 /// Deletes messages with their payloads and their history; their keys stay.
 pub(super) async fn delete(desk: &mut Desk, messages: &[i64]) -> sqlx::Result<()> {
     if messages.is_empty() {
@@ -206,8 +222,14 @@ pub(super) async fn delete(desk: &mut Desk, messages: &[i64]) -> sqlx::Result<()
     }
     desk.groups.gone(messages);
     let messages = rows::list(messages.iter().copied());
+    let shared = query_scalar::<_, i64>(SHARED_BY).bind(messages.clone());
+    let shared = shared.fetch_all(&mut desk.connection).await?;
     for text in [DELETE_DELIVERIES, DELETE_CONTENTS, DELETE_MESSAGES] {
         query(text).bind(messages.clone()).execute(&mut desk.connection).await?;
+    }
+    if !shared.is_empty() {
+        let unshared = query(DELETE_UNSHARED).bind(rows::list(shared));
+        unshared.execute(&mut desk.connection).await?;
     }
     Ok(())
 }
@@ -225,4 +247,6 @@ pub(super) const STATEMENTS: &[&str] = &[
     DELETE_DELIVERIES,
     DELETE_CONTENTS,
     DELETE_MESSAGES,
+    SHARED_BY,
+    DELETE_UNSHARED,
 ];

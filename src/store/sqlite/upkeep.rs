@@ -131,11 +131,12 @@ fn nobody() -> ReplicaName {
     ReplicaName::parse("unknown").expect("this is a name")
 }
 
-// Lives on: message_leased, read whole: as many rows as deliveries were open in the process that died.
+// Lives on: message_leased, read whole: as many rows as deliveries were open in the process that died. Those of
+// incarnation 0 are held outside of it.
 const LEFT_BEHIND: &str = "\
 select seq, id, queue_id, attempts, crashes, leased_at, due_at, replica, grp
 from message indexed by message_leased
-where state = 2 and lease_until > -1 and incarnation <> ?1
+where state = 2 and lease_until > -1 and incarnation not in (0, ?1)
     and queue_id in (select value from json_each(?2))";
 
 // Lives on: the primary key of pump.

@@ -3,7 +3,7 @@
 use jiff::Timestamp;
 use pumphouse::model::{
     Action, Backoff, Bounds, Breaker, BreakerSettings, Builtin, Concurrency, Curve, ErrorKind,
-    GroupOnDead, Guard, GuardChange, Handler, Hold, HttpHandler, Jitter, Match, OnExpiry,
+    Format, GroupOnDead, Guard, GuardChange, Handler, Hold, HttpHandler, Jitter, Match, OnExpiry,
     QueueRecord, QueueSettings, RateLimit, Recovery, Retention, RetryStatuses, Rule, RunState,
     Scope, Settlement, State, Stopped,
 };
@@ -280,6 +280,7 @@ fn stopped() -> RunState {
 /// Settings of which none is the default.
 fn every_setting() -> QueueSettings {
     let http = HttpHandler {
+        format: Format::Structured,
         url: "https://example.com/hook?a=b".parse().unwrap(),
         timeout: Duration::from_millis(1234),
         headers: [("x-key".to_owned(), "a 'quoted' \"value\"".to_owned())].into(),

@@ -131,7 +131,7 @@ async fn one_request_sent_to_two_replicas_at_once_is_one_message() {
         assert_eq!(new, 1, "{answers:?}");
         let receipts = answers.map(|answer| match answer {
             Enqueued::New(receipt) | Enqueued::Duplicate(receipt) => receipt,
-            Enqueued::Refused(refusal) => panic!("{refusal:?}"),
+            other => panic!("{other:?}"),
         });
         assert_eq!(receipts[0], receipts[1]);
     }

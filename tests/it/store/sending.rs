@@ -27,7 +27,10 @@ pub(crate) async fn what_is_sent_is_kept_byte_for_byte(stage: Stage) {
         baggage: Some("c=d".to_owned()),
         group: Some("größer".to_owned()),
         fairness_key: Some("tenant 7".to_owned()),
-        event: vec![("subject".to_owned(), "größer".to_owned())],
+        event: vec![("subject".to_owned(), "größer".into())],
+        published_id: Some(MessageId::new()),
+        reply_to: Some(queue_name("answers")),
+        url: Some("https://example.com/hook".parse().unwrap()),
     };
     let sent = NewMessage {
         kind: Some("order.placed".to_owned()),

@@ -265,7 +265,7 @@ pub(crate) fn all_or_none(messages: Vec<NewMessage>) -> Enqueue {
 /// A claim on messages of a queue.
 pub(crate) fn claim(queue: &QueueName, max: usize, duration: Duration) -> Claim {
     let queue = queue.clone();
-    Claim { queue, max, duration, replica: replica(), urgent_only: false }
+    Claim { queue, max, duration, replica: replica(), urgent_only: false, out_max: None }
 }
 
 /// A settlement with a record of the delivery.
