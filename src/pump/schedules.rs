@@ -96,6 +96,14 @@ impl Pumphouse {
         Ok(())
     }
 
+    /// Looks at all schedules by the store's clock, and returns once what is due is sent. They are looked at anyway; this
+    /// is for whoever moves that clock.
+    pub async fn look_at_schedules(&self) -> store::Result<()> {
+        self.house().attend(false).await?;
+        let mut all = Vec::new();
+        self.house().fire_what_is_due(&mut all, true).await.map(drop)
+    }
+
     /// The schedule of this name.
     pub async fn schedule(&self, name: &ScheduleName) -> store::Result<Option<ScheduleRecord>> {
         let all = self.store().schedules().await?;
@@ -110,8 +118,6 @@ impl House {
         let mut known = Vec::<ScheduleRecord>::new();
         let mut is_to_be_read = true;
         loop {
-            is_to_be_read |= news.has_changed().unwrap_or(false);
-            news.mark_unchanged(); // before reading, so that nothing slips in between
             let wait = match self.fire_what_is_due(&mut known, is_to_be_read).await {
                 Ok(wait) => {
                     is_to_be_read = false;
@@ -125,8 +131,10 @@ impl House {
                 }
             };
             let wait = tokio::time::timeout(wait.clamp(SHORTEST, LOOK_EVERY), news.changed());
-            if self.leaving.run_until_cancelled(wait).await.is_none() {
-                return;
+            match self.leaving.run_until_cancelled(wait).await {
+                None => return,
+                // Marked as seen by that, and read after it, so that nothing slips in between.
+                Some(told) => is_to_be_read |= told.is_ok(),
             }
         }
     }

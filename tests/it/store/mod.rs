@@ -8,6 +8,8 @@
 //! ([`LONG`](crate::support::stage::LONG)), and never hurry to be in between.
 
 mod sending;
+mod topics;
+mod outside;
 mod keys;
 mod leasing;
 mod settling;
@@ -70,6 +72,21 @@ macro_rules! conformance {
             a_limit_that_is_lifted_lets_messages_in,
             whoever_listens_hears_of_messages,
             a_message_with_a_known_name_is_a_duplicate,
+        );
+        keeps!($stage; topics:
+            what_is_published_is_copied_into_each_queue_that_wants_it,
+            what_nobody_wants_is_fine_unless_somebody_has_to,
+            a_subscription_is_in_force_for_the_next_publish,
+            a_repeated_publish_is_answered_with_the_first,
+            a_full_queue_refuses_the_whole_publish,
+            a_payload_of_several_lasts_as_long_as_the_last,
+            what_a_handler_publishes_comes_with_its_ack,
+            a_publish_under_a_known_name_collapses_queue_by_queue,
+        );
+        keeps!($stage; outside:
+            what_is_held_outside_is_bounded_and_outlives_its_process,
+            what_is_held_is_known_by_its_ticket,
+            a_schedule_is_turned_by_whoever_saw_it_last,
         );
         keeps!($stage; keys:
             of_a_unique_key_one_message_is_pending_at_a_time,

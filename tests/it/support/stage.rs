@@ -319,6 +319,6 @@ pub(crate) fn leases_of(leased: &[Leased]) -> Vec<Lease> {
     leased.iter().map(|leased| leased.lease.clone()).collect()
 }
 
-fn text(body: &Bytes) -> String {
+pub(crate) fn text(body: &Bytes) -> String {
     String::from_utf8_lossy(body).into_owned()
 }

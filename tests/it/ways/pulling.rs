@@ -1,0 +1,409 @@
+//! Workers who pull: over HTTP, killed, slow, in crowds.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use futures::future::join_all;
+use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::support::chance::mix;
+use crate::support::client::{Client, number, text};
+use crate::support::process::{Database, Process};
+use crate::support::scene::Scene;
+use crate::support::{eventually, eventually_within, on_both, pass, say};
+
+on_both! {
+    workers_that_die_lose_nothing_and_hold_nothing_together
+    a_stale_token_changes_nothing
+    workers_settle_as_handlers_do
+    the_gate_bounds_what_is_out
+}
+
+const MESSAGES: usize = 50_000;
+const WORKERS: usize = 8;
+const LEASE: Duration = Duration::from_secs(2);
+
+/// What workers hold: for each message who, by the number of the attempt, and until when.
+#[derive(Default)]
+struct Holders {
+    open: BTreeMap<String, (u64, Instant)>,
+    /// What was acked, as far as its worker lived to hear of it.
+    done: BTreeSet<String>,
+    together: Vec<String>,
+    repeated: usize,
+    stale: usize,
+}
+
+async fn workers_that_die_lose_nothing_and_hold_nothing_together(database: Database) {
+    let scene = Scene::on(database).await;
+    let settings = json!({"handler": {"kind": "pull"}, "concurrency": {"limit": 2000},
+        "recovery": {"max_crashes": 1000}});
+    scene.client.put_queue("jobs", &settings).await;
+    for batch in 0..MESSAGES / 5000 {
+        let lines = (0..5000).map(|item| format!("{{\"payload\":{}}}\n", batch * 5000 + item));
+        crate::support::client::ask(scene.client.batch("jobs", lines.collect::<String>()))
+            .await
+            .expect(207);
+    }
+    let holders = Arc::new(Mutex::new(Holders::default()));
+    let (tasks, enough) = (TaskTracker::new(), CancellationToken::new());
+    let deaths = Arc::new(Mutex::new(0));
+    for worker in 0..WORKERS as u64 {
+        let (client, holders, enough) = (scene.client.clone(), holders.clone(), enough.clone());
+        let deaths = deaths.clone();
+        tasks.spawn(async move {
+            for life in 0.. {
+                if enough.is_cancelled() {
+                    return;
+                }
+                // Killed at random: what it was about to do is left undone, its connection with it.
+                let span = Duration::from_millis(300 + mix(worker * 1000 + life) % 2500);
+                let lives = work(&client, &holders, mix(worker * 7919 + life));
+                if tokio::time::timeout(span, enough.run_until_cancelled(lives)).await.is_err() {
+                    *deaths.lock().unwrap() += 1;
+                }
+            }
+        });
+    }
+    let left = async || {
+        let stats = scene.client.queue("jobs").await["stats"].clone();
+        let states = ["ready", "scheduled", "in_flight", "dead"];
+        states.iter().map(|state| number(&stats, &format!("/{state}"))).sum::<u64>()
+    };
+    eventually_within("all are settled", Duration::from_secs(240), async || left().await == 0)
+        .await;
+    enough.cancel();
+    tasks.close();
+    tasks.wait().await;
+    let completed = scene.client.all("/v1/messages?queue=jobs&state=completed").await;
+    assert_eq!(completed.len(), MESSAGES, "every message is done");
+    let holders = holders.lock().unwrap();
+    assert_eq!(holders.together, Vec::<String>::new(), "no message is held twice at a time");
+    let deaths = *deaths.lock().unwrap();
+    say!(
+        "{MESSAGES} messages, {WORKERS} workers, {deaths} deaths, {} repeated, {} stale",
+        holders.repeated,
+        holders.stale
+    );
+    assert!(deaths > WORKERS, "they died");
+}
+
+/// A worker's life: takes messages, works a little, settles them; some it forgets, as one that hangs.
+async fn work(client: &Client, holders: &Mutex<Holders>, seed: u64) {
+    for round in 0.. {
+        let asked = Instant::now();
+        let wanted = json!({"max": 100, "wait": "1s", "duration": "2s"});
+        let answer = client.post("/v1/queues/jobs/leases", &wanted).await;
+        if answer.status != 200 {
+            pass(Duration::from_millis(20)).await;
+            continue;
+        }
+        let body = answer.json();
+        let leases = body["leases"].as_array().expect("leases");
+        {
+            let mut holders = holders.lock().unwrap();
+            for lease in leases {
+                let id = text(lease, "/message/id");
+                let attempt = number(lease, "/attempt");
+                // Counted from before it was asked for: then it is over for certain.
+                let before = holders.open.insert(id.clone(), (attempt, asked + LEASE));
+                if let Some((earlier, until)) = before
+                    && until > Instant::now() + Duration::from_millis(50)
+                {
+                    holders.together.push(format!("{id}: {earlier} and {attempt}"));
+                }
+                holders.repeated += usize::from(attempt > 1);
+            }
+        }
+        if mix(seed + round) % 20 == 0 {
+            continue; // it hangs: its leases run out
+        }
+        let verdicts = leases.iter().map(|lease| {
+            let failed = mix(seed ^ number(lease, "/message/payload")) % 50 == 0;
+            let verdict = if failed { json!("release") } else { json!("ack") };
+            json!({"token": lease["token"], "verdict": verdict})
+        });
+        let settlements = verdicts.collect::<Vec<_>>();
+        let answer = client.post("/v1/leases/settle", &json!({"settlements": settlements})).await;
+        let body = answer.expect(207).json();
+        let mut holders = holders.lock().unwrap();
+        for ((lease, said), item) in
+            leases.iter().zip(&settlements).zip(body["items"].as_array().expect("items"))
+        {
+            let id = text(lease, "/message/id");
+            match number(item, "/status") {
+                200 => {
+                    let attempt = number(lease, "/attempt");
+                    // Whoever has it by now holds a later lease.
+                    if holders.open.get(&id).is_some_and(|(open, _)| *open == attempt) {
+                        holders.open.remove(&id);
+                    }
+                    if said["verdict"] == "ack" {
+                        assert!(holders.done.insert(id), "an ack is written once");
+                    }
+                }
+                409 => holders.stale += 1,
+                other => panic!("{other}: {item}"),
+            }
+        }
+    }
+}
+
+/// Leases so many, and gives what came.
+async fn lease(client: &Client, queue: &str, wanted: Value) -> Vec<Value> {
+    let answer = client.post(&format!("/v1/queues/{queue}/leases"), &wanted).await.expect(200);
+    answer.json()["leases"].as_array().expect("leases").clone()
+}
+
+async fn settle(client: &Client, settlement: Value) -> Value {
+    let body = json!({"settlements": [settlement]});
+    client.post("/v1/leases/settle", &body).await.expect(207).json()["items"][0].clone()
+}
+
+async fn a_stale_token_changes_nothing(database: Database) {
+    let scene = Scene::on(database).await;
+    scene.client.put_queue("jobs", &json!({"handler": {"kind": "pull"}})).await;
+    scene.client.put_queue("next", &json!({"handler": {"kind": "pull"}})).await;
+    let id = scene.client.send("jobs", "x").await;
+    let old = lease(&scene.client, "jobs", json!({"duration": "1s"})).await.remove(0);
+    eventually("it comes back", async || scene.client.state(&id).await == "ready").await;
+    let new = lease(&scene.client, "jobs", json!({"wait": "5s"})).await.remove(0);
+    assert_eq!((number(&old, "/attempt"), number(&new, "/attempt")), (1, 2));
+    for verdict in ["ack", "retry", "dead_letter", "discard", "release"] {
+        let item = settle(&scene.client, json!({"token": old["token"], "verdict": verdict})).await;
+        assert_eq!(
+            (number(&item, "/status"), &item["problem"]["code"]),
+            (409, &json!("lease-lost"))
+        );
+    }
+    let sends = json!({"token": old["token"], "verdict": "ack", "messages": [{"queue": "next", "payload": 1}]});
+    assert_eq!(number(&settle(&scene.client, sends).await, "/status"), 409);
+    let renew = json!({"tokens": [old["token"], new["token"], "nonsense"], "duration": "60s"});
+    let items = scene.client.post("/v1/leases/renew", &renew).await.expect(207).json();
+    let statuses = [0, 1, 2].map(|place| number(&items, &format!("/items/{place}/status")));
+    assert_eq!(statuses, [409, 200, 409]);
+    assert_eq!(scene.client.state(&id).await, "leased");
+    assert_eq!(number(&scene.client.queue("next").await, "/stats/ready"), 0, "nothing was sent");
+    let done = settle(&scene.client, json!({"token": new["token"], "verdict": "ack"})).await;
+    assert_eq!(number(&done, "/status"), 200);
+    let again = settle(&scene.client, json!({"token": new["token"], "verdict": "ack"})).await;
+    assert_eq!(number(&again, "/status"), 409, "used");
+    let message = scene.client.message(&id).await;
+    let outcomes = message["deliveries"].as_array().unwrap().iter();
+    let outcomes = outcomes.map(|it| (number(it, "/number"), text(it, "/outcome")));
+    let wanted = [(2, "acked".to_owned()), (1, "lease_lost".to_owned())];
+    assert_eq!(outcomes.collect::<Vec<_>>(), wanted);
+}
+
+async fn workers_settle_as_handlers_do(database: Database) {
+    let scene = Scene::on(database).await;
+    let settings = json!({"handler": {"kind": "pull"},
+        "recovery": {"immediate": 0, "max_attempts": 2, "backoff": {"base": "10ms", "max": "10ms"}}});
+    scene.client.put_queue("jobs", &settings).await;
+    scene.queue("next").await;
+    let client = &scene.client;
+    let one = async || lease(client, "jobs", json!({"max": 1, "wait": "10s"})).await.remove(0);
+    let said = async |lease: &Value, mut settlement: Value| {
+        settlement["token"] = lease["token"].clone();
+        assert_eq!(number(&settle(client, settlement).await, "/status"), 200);
+    };
+    let id = client
+        .send_envelope(
+            "jobs",
+            &json!({"payload": {"n": 1}, "type": "t",
+        "correlation_id": "c", "headers": {"x-a": "b"}}),
+        )
+        .await;
+    let held = one().await;
+    assert_eq!(held["message"]["payload"], json!({"n": 1}));
+    assert_eq!(
+        (&held["message"]["type"], &held["message"]["headers"]),
+        (&json!("t"), &json!({"x-a": "b"}))
+    );
+    said(&held, json!({"verdict": "release"})).await;
+    let held = one().await;
+    assert_eq!(number(&held, "/attempt"), 2);
+    said(&held, json!({"verdict": "retry", "reason": "the database is away"})).await;
+    let message = client.message(&id).await;
+    assert_eq!(
+        (number(&message, "/failures"), &message["deliveries"][0]["error"]),
+        (1, &json!("the database is away"))
+    );
+    let held = one().await;
+    said(&held, json!({"verdict": "retry"})).await;
+    assert_eq!(client.state(&id).await, "dead", "its two attempts have failed");
+    let discarded = client.send("jobs", "x").await;
+    said(&one().await, json!({"verdict": "discard", "reason": "nobody needs it"})).await;
+    assert_eq!(client.message(&discarded).await["reason"], "nobody needs it");
+    let dead = client.send("jobs", "x").await;
+    said(&one().await, json!({"verdict": "dead_letter"})).await;
+    assert_eq!(client.state(&dead).await, "dead");
+    let later = client.send("jobs", "x").await;
+    said(&one().await, json!({"verdict": "retry", "delay": "1h"})).await;
+    assert_eq!(client.state(&later).await, "scheduled");
+    // An ack sends, in its own transaction; one that cannot is no ack.
+    let parent = client.send("jobs", "parent").await;
+    let held = one().await;
+    let refused = settle(
+        client,
+        json!({"token": held["token"], "verdict": "ack",
+        "messages": [{"queue": "missing", "payload": 1}]}),
+    )
+    .await;
+    assert_eq!(number(&refused, "/status"), 422);
+    assert_eq!(client.state(&parent).await, "leased");
+    said(&held, json!({"verdict": "ack", "messages": [{"queue": "next", "payload": "child"}]}))
+        .await;
+    let child = scene.receiver.wait_for("/next", 1).await.remove(0);
+    assert_eq!(
+        (child.header("pumphouse-causation-id"), &child.body[..]),
+        (parent.as_str(), &b"\"child\""[..])
+    );
+    // What cannot be said is refused, and changes nothing.
+    let id = client.send("jobs", "y").await;
+    let held = one().await;
+    for (settlement, pointer) in [
+        (json!({"verdict": "ack", "delay": "1s"}), "/delay"),
+        (json!({"verdict": "retry", "messages": [{"queue": "next", "payload": 1}]}), "/messages"),
+        (json!({"verdict": "retry", "reply": {"payload": 1}}), "/reply"),
+        (json!({"verdict": "ack", "messages": [{"payload": 1}]}), "/messages/0/queue"),
+        (json!({"verdict": "ack", "reply": {}}), "/reply"),
+    ] {
+        let mut settlement = settlement;
+        settlement["token"] = held["token"].clone();
+        let item = settle(client, settlement).await;
+        assert_eq!(
+            (number(&item, "/status"), text(&item, "/problem/errors/0/pointer")),
+            (422, pointer.to_owned())
+        );
+    }
+    client
+        .post("/v1/leases/settle", &json!({"settlements": [{"token": "x", "verdict": "maybe"}]}))
+        .await
+        .expect(422);
+    assert_eq!(client.state(&id).await, "leased");
+    for wrong in [
+        json!({"max": 0}),
+        json!({"max": 1001}),
+        json!({"wait": "61s"}),
+        json!({"duration": "0s"}),
+        json!({"duration": "13h"}),
+        json!({"x": 1}),
+    ] {
+        client.post("/v1/queues/jobs/leases", &wrong).await.expect(422);
+    }
+    client.post_nothing("/v1/queues/next/leases").await.expect_problem(409, "wrong-handler");
+    client.post_nothing("/v1/queues/missing/leases").await.expect_problem(404, "no-such-queue");
+}
+
+async fn the_gate_bounds_what_is_out(database: Database) {
+    let scene = Scene::on(database).await;
+    let settings = json!({"handler": {"kind": "pull"}, "concurrency": {"limit": 3}});
+    scene.client.put_queue("jobs", &settings).await;
+    for _ in 0..10 {
+        scene.client.send("jobs", "x").await;
+    }
+    let client = &scene.client;
+    let all = async || lease(client, "jobs", json!({"max": 10})).await;
+    let held = all().await;
+    assert_eq!((held.len(), all().await.len()), (3, 0));
+    // Who waits is let in by a settlement, at once.
+    let waits = lease(client, "jobs", json!({"wait": "20s"}));
+    let frees = async {
+        pass(Duration::from_millis(200)).await;
+        settle(client, json!({"token": held[0]["token"], "verdict": "ack"})).await
+    };
+    let begun = Instant::now();
+    let (came, _) = tokio::join!(waits, frees);
+    assert_eq!(came.len(), 1);
+    assert!(begun.elapsed() < Duration::from_secs(3), "{:?}", begun.elapsed());
+    // A stopped queue leases nothing, but what an operator wants run now.
+    client.patch_queue("jobs", &json!({"concurrency": {"limit": 100}})).await;
+    client.stop_queue("jobs", &json!({})).await;
+    assert_eq!(all().await.len(), 0);
+    let waiting = client.all("/v1/messages?queue=jobs&state=ready").await;
+    let id = text(&waiting[0], "/id");
+    client.post_nothing(&format!("/v1/messages/{id}/run")).await.expect(200);
+    let urgent = lease(client, "jobs", json!({"max": 10, "wait": "5s"})).await;
+    assert_eq!(urgent.iter().map(|it| text(it, "/message/id")).collect::<Vec<_>>(), [id]);
+    client.start_queue("jobs").await;
+    eventually("the rest can be had", async || all().await.len() == 5).await;
+    // What a process gave out is held although the process is started again.
+    let before = client.all("/v1/messages?queue=jobs&state=leased").await.len();
+    let mut scene = scene;
+    scene.process.kill_hard().await;
+    scene.restart().await;
+    assert_eq!(scene.client.all("/v1/messages?queue=jobs&state=leased").await.len(), before);
+    let token = urgent[0]["token"].clone();
+    let item = settle(&scene.client, json!({"token": token, "verdict": "ack"})).await;
+    assert_eq!(number(&item, "/status"), 200, "another process takes what a worker says");
+}
+
+#[tokio::test]
+async fn a_worker_that_goes_away_while_it_waits_gets_nothing() {
+    let scene = Scene::new().await;
+    scene.client.put_queue("jobs", &json!({"handler": {"kind": "pull"}})).await;
+    for _ in 0..20 {
+        let wanted = json!({"wait": "30s"});
+        let poll = scene.client.post("/v1/queues/jobs/leases", &wanted);
+        tokio::time::timeout(Duration::from_millis(30), poll).await.expect_err("nothing is there");
+    }
+    let id = scene.client.send("jobs", "x").await;
+    let held = lease(&scene.client, "jobs", json!({"wait": "5s"})).await;
+    assert_eq!(text(&held[0], "/message/id"), id);
+    assert_eq!(number(&held[0], "/attempt"), 1, "those who had gone took nothing");
+}
+
+#[tokio::test]
+async fn groups_and_turns_are_for_workers_too() {
+    let scene = Scene::new().await;
+    scene.client.put_queue("jobs", &json!({"handler": {"kind": "pull"}})).await;
+    for number in 0..3 {
+        scene.client.send_envelope("jobs", &json!({"payload": number, "group": "g"})).await;
+    }
+    for number in 0..3 {
+        let held = lease(&scene.client, "jobs", json!({"max": 10, "wait": "5s"})).await;
+        assert_eq!(held.len(), 1, "one of a group at a time");
+        assert_eq!(held[0]["message"]["payload"], json!(number));
+        settle(&scene.client, json!({"token": held[0]["token"], "verdict": "ack"})).await;
+    }
+}
+
+/// How often the database is asked by so many that wait, in a second.
+async fn statements_a_second(database: &Database, process: &Process, polls: usize) -> f64 {
+    let Database::Postgres(url) = database else { panic!("only Postgres counts for us") };
+    let client = process.client();
+    let waiting = (0..polls).map(|_| {
+        let client = client.clone();
+        async move { lease(&client, "jobs", json!({"wait": "12s"})).await.len() }
+    });
+    let count = async || {
+        let mut connection = <sqlx::PgConnection as sqlx::Connection>::connect(url).await.unwrap();
+        let name = url.rsplit('/').next().unwrap().to_owned();
+        let count = "select xact_commit + xact_rollback from pg_stat_database where datname = $1";
+        sqlx::query_scalar::<_, i64>(count).bind(name).fetch_one(&mut connection).await.unwrap()
+    };
+    let measured = async {
+        pass(Duration::from_secs(1)).await;
+        let (before, begun) = (count().await, Instant::now());
+        pass(Duration::from_secs(10)).await;
+        (count().await - before) as f64 / begun.elapsed().as_secs_f64()
+    };
+    let (answers, rate) = tokio::join!(join_all(waiting), measured);
+    assert_eq!(answers.into_iter().sum::<usize>(), 0);
+    rate
+}
+
+#[tokio::test]
+async fn a_crowd_that_waits_asks_the_database_no_more_than_one_does() {
+    let database = Database::postgres().await;
+    let process = Process::start(&database, &[]).await;
+    process.client().put_queue("jobs", &json!({"handler": {"kind": "pull"}})).await;
+    let nobody = statements_a_second(&database, &process, 0).await;
+    let crowd = statements_a_second(&database, &process, 200).await;
+    say!("transactions a second: {nobody:.1} with nobody waiting, {crowd:.1} with 200 long polls");
+    assert!(crowd - nobody < 5.0, "{nobody} and {crowd}");
+}
