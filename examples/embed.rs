@@ -24,27 +24,22 @@ async fn welcome(delivery: Delivery) -> Result<Verdict, BoxError> {
 async fn main() -> Result<(), BoxError> {
     let folder = std::env::args().nth(1).unwrap_or_else(|| ".".to_owned());
     let store = Sqlite::open(&format!("sqlite://{folder}/embed.db"), Arc::new(SystemClock)).await?;
-
     // Any tower layer goes around a handler; this one looks at each delivery before it is handled.
-    let handler = ServiceBuilder::new()
-        .map_request(|delivery: Delivery| {
-            say(&format!("{} has a message", delivery.message.head.queue));
-            delivery
-        })
-        .service(service_fn(welcome));
-
+    let look = |delivery: Delivery| {
+        say(&format!("{} has a message", delivery.message.head.queue));
+        delivery
+    };
+    let handler = ServiceBuilder::new().map_request(look).service(service_fn(welcome));
     let queue = Queue::new("welcome", handler)?.concurrency(8);
     let pump = Pumphouse::builder(Arc::new(store)).queue(queue).start().await?;
     for user in ["ada", "grace"] {
-        pump.send(NewMessage::new(QueueName::parse("welcome")?, user)).await?;
-    }
-
-    while pump.store().depths().await?.iter().any(|queue| queue.ready + queue.leased > 0) {
-        tokio::time::sleep(Duration::from_millis(10)).await;
+        let message = NewMessage::new(QueueName::parse("welcome")?, user);
+        let watch = pump.watch(message.id);
+        pump.send(message).await?;
+        watch.ended(Duration::from_secs(10), true).await?;
     }
     pump.shut_down(Duration::from_secs(30)).await;
-    pump.store().close().await;
-    Ok(())
+    Ok(pump.store().close().await)
 }
 
 #[expect(clippy::disallowed_macros, reason = "an example talks to whoever runs it")]

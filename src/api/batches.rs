@@ -18,7 +18,7 @@ use crate::model::{
 use crate::store::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal};
 
 use super::body::{Path, Query, json, media_type, read};
-use super::envelope::{self, EnvelopeBody, Trace};
+use super::envelope::{self, EnvelopeBody, EventBody, Trace};
 use super::problem::{self, Problem, ProblemBody};
 use super::sending::{no_options, refused, replayed, text};
 use super::{Doors, RequestId};
@@ -90,7 +90,7 @@ struct PublishBatchQuery {
 #[utoipa::path(post, path = "/v1/queues/{queue}/messages/batch", tag = "sending",
     params(("queue" = String, Path, description = "The queue's name"), BatchQuery,
         ("Idempotency-Key" = Option<String>, Header, description = "Covers the whole batch")),
-    request_body(content((BatchBody = "application/json"), (String = "application/x-ndjson"), (String = "application/cloudevents-batch+json"))),
+    request_body(content((BatchBody = "application/json"), (String = "application/x-ndjson"), (Vec<EventBody> = "application/cloudevents-batch+json"))),
     responses(
         (status = 207, description = "An item for each message, in order", body = BatchAnswer),
         (status = 201, description = "`atomic`: all are committed", body = BatchAnswer),
@@ -112,7 +112,7 @@ async fn post_batch(
 #[utoipa::path(post, path = "/v1/topics/{topic}/messages/batch", tag = "sending",
     params(("topic" = String, Path, description = "The topic's name"), PublishBatchQuery,
         ("Idempotency-Key" = Option<String>, Header, description = "Covers the whole batch")),
-    request_body(content((BatchBody = "application/json"), (String = "application/x-ndjson"), (String = "application/cloudevents-batch+json"))),
+    request_body(content((BatchBody = "application/json"), (String = "application/x-ndjson"), (Vec<EventBody> = "application/cloudevents-batch+json"))),
     responses(
         (status = 207, description = "An item for each message, in order", body = BatchAnswer),
         (status = 201, description = "`atomic`: all are committed", body = BatchAnswer),

@@ -16,6 +16,27 @@ use crate::model::{self, Destination, Event, Form, Idempotency, Invalid, NewMess
 use super::lasting::Lasting;
 use super::problem::{self, Problem};
 
+/// A payload, byte for byte.
+#[derive(ToSchema)]
+#[schema(as = Payload, value_type = String, format = Binary)]
+#[expect(dead_code, reason = "only its description is used")]
+pub(super) struct PayloadBody(Bytes);
+
+/// A CloudEvent in the JSON format.
+#[derive(ToSchema)]
+#[schema(as = CloudEvent)]
+#[expect(dead_code, reason = "only its description is used")]
+pub(super) struct EventBody {
+    #[schema(example = "1.0")]
+    specversion: String,
+    id: String,
+    source: String,
+    r#type: String,
+    /// Attributes and extensions, and `data` or `data_base64`.
+    #[serde(flatten)]
+    others: BTreeMap<String, Value>,
+}
+
 /// A message with its options, as JSON: how [`model::Envelope`] looks to those who read the description.
 #[derive(ToSchema)]
 #[schema(as = Envelope)]

@@ -69,7 +69,9 @@ use axum::routing::get;
 use http::{StatusCode, header};
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio_util::task::TaskTracker;
-use utoipa::openapi::{ContentBuilder, InfoBuilder, LicenseBuilder, OpenApi, Ref, ResponseBuilder};
+use utoipa::openapi::{
+    ContentBuilder, InfoBuilder, LicenseBuilder, OpenApi, Ref, RefOr, ResponseBuilder, Schema,
+};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_swagger_ui::SwaggerUi;
 
@@ -197,6 +199,7 @@ pub fn waiting_router() -> Router {
 pub fn openapi() -> OpenApi {
     let mut document = data_routes().merge(admin_routes()).merge(health::routes()).into_openapi();
     add_problems(&mut document);
+    leave_out_whole_defaults(&mut document);
     // Made anew: what comes by default describes the library that makes the document.
     let license =
         LicenseBuilder::new().name("MIT OR Apache-2.0").identifier(Some("MIT OR Apache-2.0"));
@@ -209,6 +212,26 @@ pub fn openapi() -> OpenApi {
     document
 }
 
+/// Leaves out defaults that are whole objects: each of their members has its own, and generators of clients take them for
+/// mistakes.
+fn leave_out_whole_defaults(document: &mut OpenApi) {
+    let Some(components) = &mut document.components else { return };
+    for schema in components.schemas.values_mut() {
+        let RefOr::T(Schema::Object(object)) = schema else { continue };
+        for property in object.properties.values_mut() {
+            let default = match property {
+                RefOr::Ref(reference) => &mut reference.default,
+                RefOr::T(Schema::OneOf(one_of)) => &mut one_of.default,
+                RefOr::T(Schema::Object(object)) => &mut object.default,
+                RefOr::T(_) => continue,
+            };
+            if default.as_ref().is_some_and(serde_json::Value::is_object) {
+                *default = None;
+            }
+        }
+    }
+}
+
 /// Says of every route that it can answer with a problem, because every one can.
 fn add_problems(document: &mut OpenApi) {
     let problem = Ref::from_schema_name("ProblemBody");
@@ -218,6 +241,16 @@ fn add_problems(document: &mut OpenApi) {
             [&mut item.get, &mut item.put, &mut item.post, &mut item.patch, &mut item.delete];
         for operation in operations.into_iter().flatten() {
             let responses = &mut operation.responses.responses;
+            for (status, response) in responses.iter_mut() {
+                // OpenAPI wants one of every answer, and generators of clients insist.
+                if let RefOr::T(response) = response
+                    && response.description.is_empty()
+                {
+                    let status = status.parse::<StatusCode>().ok();
+                    let reason = status.and_then(|status| status.canonical_reason());
+                    response.description = reason.unwrap_or("Done").to_owned();
+                }
+            }
             for (status, description) in [("4XX", CALLERS_PROBLEM), ("5XX", OUR_PROBLEM)] {
                 let response = ResponseBuilder::new()
                     .description(description)

@@ -12,7 +12,7 @@ use crate::store::{Precondition, PutQueue};
 
 use super::Doors;
 use super::body::read;
-use super::envelope;
+use super::envelope::{self, PayloadBody};
 use super::problem::{self, Problem};
 use super::sending::{ReceiptBody, send};
 
@@ -73,7 +73,7 @@ impl Allowed {
     params(("Pumphouse-Url" = String, Header, description = "Where it is posted: http or https"),
         ("Pumphouse-Queue" = Option<String>, Header, description = "Through which queue"),
         ("Idempotency-Key" = Option<String>, Header, description = "Quoted or bare, at most 255 characters")),
-    request_body(content = String, content_type = "application/octet-stream"),
+    request_body(content = PayloadBody, content_type = "application/octet-stream"),
     responses(
         (status = 201, description = "Committed", body = ReceiptBody),
         (status = 200, description = "The same request came before; this was its answer", body = ReceiptBody)))]

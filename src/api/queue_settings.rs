@@ -47,22 +47,22 @@ pub(super) struct SettingsBody {
     /// Not available in this version: null.
     redirect_to: Option<String>,
     #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
-    #[schema(value_type = Option<String>, read_only, required = false)]
+    #[schema(value_type = serde_json::Value, read_only, required = false)]
     name: ReadOnly,
     #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
-    #[schema(value_type = Option<String>, read_only, required = false)]
+    #[schema(value_type = serde_json::Value, read_only, required = false)]
     state: ReadOnly,
     #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
-    #[schema(value_type = Option<Object>, read_only, required = false)]
+    #[schema(value_type = serde_json::Value, read_only, required = false)]
     stopped: ReadOnly,
     #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
-    #[schema(value_type = Option<String>, read_only, required = false)]
+    #[schema(value_type = serde_json::Value, read_only, required = false)]
     held_until: ReadOnly,
     #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
-    #[schema(value_type = Option<String>, read_only, required = false)]
+    #[schema(value_type = serde_json::Value, read_only, required = false)]
     breaker_state: ReadOnly,
     #[serde(skip_serializing_if = "ReadOnly::is_overlooked")]
-    #[schema(value_type = Option<Object>, read_only, required = false)]
+    #[schema(value_type = serde_json::Value, read_only, required = false)]
     stats: ReadOnly,
 }
 
@@ -109,6 +109,7 @@ enum HandlerBody {
         timeout: Lasting,
         /// Go along with every delivery. Values are masked when read; a mask put back keeps the value.
         #[serde(default)]
+        #[schema(value_type = HeadersBody, required = false)]
         headers: BTreeMap<String, String>,
         /// `binary`: the payload is the body; `structured`: the body is a CloudEvent in the JSON format.
         #[serde(default)]
@@ -128,6 +129,7 @@ enum HandlerBody {
         timeout: Lasting,
         /// Go along with every delivery. Values are masked when read; a mask put back keeps the value.
         #[serde(default)]
+        #[schema(value_type = HeadersBody, required = false)]
         headers: BTreeMap<String, String>,
         #[serde(default)]
         format: FormatBody,
@@ -138,6 +140,12 @@ enum HandlerBody {
     /// A function in the program that runs the pump; cannot be set from outside.
     Service {},
 }
+
+/// Headers, by name.
+#[derive(ToSchema)]
+#[schema(as = Headers)]
+#[expect(dead_code, reason = "only its description is used")]
+struct HeadersBody(BTreeMap<String, String>);
 
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]

@@ -56,26 +56,26 @@ struct SchedulePut {
     #[schema(value_type = EnvelopeBody)]
     message: Box<RawValue>,
     /// What becomes of times at which nobody was there to send: `skip`, `once` for all of them (without it), or
-    /// `{"all": {"max": 100}}`.
+    /// `{"all": 100}` for each of the latest so many.
     #[serde(default)]
     missed: MissedBody,
     /// Whether it sends nothing by itself for now.
     #[serde(default)]
     paused: bool,
     #[serde(default)]
-    #[schema(value_type = Option<Object>, read_only)]
+    #[schema(value_type = Value, read_only, required = false)]
     #[expect(dead_code, reason = "so that what a GET shows can be put back")]
     name: Option<Value>,
     #[serde(default)]
-    #[schema(value_type = Option<Object>, read_only)]
+    #[schema(value_type = Value, read_only, required = false)]
     #[expect(dead_code, reason = "so that what a GET shows can be put back")]
     next: Option<Value>,
     #[serde(default)]
-    #[schema(value_type = Option<Object>, read_only)]
+    #[schema(value_type = Value, read_only, required = false)]
     #[expect(dead_code, reason = "so that what a GET shows can be put back")]
     next_at: Option<Value>,
     #[serde(default)]
-    #[schema(value_type = Option<Object>, read_only)]
+    #[schema(value_type = Value, read_only, required = false)]
     #[expect(dead_code, reason = "so that what a GET shows can be put back")]
     firings: Option<Value>,
 }
@@ -87,9 +87,8 @@ enum MissedBody {
     Skip,
     #[default]
     Once,
-    All {
-        max: u32,
-    },
+    /// At most so many.
+    All(u32),
 }
 
 /// A schedule as it stands.
@@ -141,7 +140,7 @@ impl From<MissedBody> for Missed {
         match body {
             MissedBody::Skip => Self::Skip,
             MissedBody::Once => Self::Once,
-            MissedBody::All { max } => Self::All { max },
+            MissedBody::All(max) => Self::All { max },
         }
     }
 }
@@ -151,7 +150,7 @@ impl From<Missed> for MissedBody {
         match missed {
             Missed::Skip => Self::Skip,
             Missed::Once => Self::Once,
-            Missed::All { max } => Self::All { max },
+            Missed::All { max } => Self::All(max),
         }
     }
 }
@@ -196,10 +195,10 @@ impl SchedulePut {
         if times.after(SystemClock.now()).is_none() {
             return Err(Invalid::new("/cron", "there is no such time").into());
         }
-        if let MissedBody::All { max } = self.missed
+        if let MissedBody::All(max) = self.missed
             && !(1..=MISSED_MAX).contains(&max)
         {
-            return Err(Invalid::new("/missed/all/max", "from 1 to 1000").into());
+            return Err(Invalid::new("/missed/all", "from 1 to 1000").into());
         }
         let (message, missed, paused) = (self.message, self.missed.into(), self.paused);
         let schedule = Schedule { timetable, message, missed, paused };

@@ -22,7 +22,7 @@ use crate::store::{
 
 use super::batches;
 use super::body::{Path, Query, json, media_type, read};
-use super::envelope::{self, EnvelopeBody, Trace};
+use super::envelope::{self, EnvelopeBody, EventBody, PayloadBody, Trace};
 use super::messages;
 use super::problem::{self, Problem};
 use super::{Doors, RequestId};
@@ -115,9 +115,9 @@ impl PublishQuery {
     params(("queue" = String, Path, description = "The queue's name"), SendQuery,
         ("Idempotency-Key" = Option<String>, Header, description = "Quoted or bare, at most 255 characters")),
     request_body(content(
-        (String = "application/octet-stream"),
+        (PayloadBody = "application/octet-stream"),
         (EnvelopeBody = "application/vnd.pumphouse.message+json"),
-        (String = "application/cloudevents+json"))),
+        (EventBody = "application/cloudevents+json"))),
     responses(
         (status = 201, description = "Committed", body = ReceiptBody),
         (status = 202, description = "Committed, and not settled in the time to wait", body = ReceiptBody),
@@ -145,9 +145,9 @@ async fn post_message(
     params(("topic" = String, Path, description = "The topic's name"), PublishQuery,
         ("Idempotency-Key" = Option<String>, Header, description = "Quoted or bare, at most 255 characters")),
     request_body(content(
-        (String = "application/octet-stream"),
+        (PayloadBody = "application/octet-stream"),
         (EnvelopeBody = "application/vnd.pumphouse.message+json"),
-        (String = "application/cloudevents+json"))),
+        (EventBody = "application/cloudevents+json"))),
     responses(
         (status = 201, description = "Committed, in every queue that wants it", body = PublishedBody),
         (status = 200, description = "The same request came before; this was its answer", body = PublishedBody)))]

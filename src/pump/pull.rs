@@ -64,6 +64,19 @@ pub struct WorkersWord {
     pub reply: Reply,
 }
 
+impl WorkersWord {
+    /// What a worker says of the message that this ticket stands for, and nothing besides.
+    pub fn new(ticket: Ticket, verdict: Verdict) -> Self {
+        let verdict = Some(verdict);
+        Self { ticket, verdict, reason: None, sent: Vec::new(), reply: Reply::default() }
+    }
+
+    /// That it gives the message back untouched.
+    pub fn release(ticket: Ticket) -> Self {
+        Self { verdict: None, ..Self::new(ticket, Verdict::Ack) }
+    }
+}
+
 /// What became of what a worker said.
 #[derive(Debug)]
 pub enum Heard {

@@ -91,3 +91,18 @@ fn a_step_of_ones_own_stands_around_a_handler() {
     assert!(said.contains("shipped to ada") && said.contains("shipped to edsger"), "{said}");
     assert!(!said.contains("grace") && said.ends_with("2 passed\n"), "{said}");
 }
+
+#[test]
+fn a_worker_on_the_library_pulls_and_goes_home() {
+    let folder = tempfile::tempdir().unwrap();
+    let said = run_example("worker", &[folder.path()]);
+    assert_eq!(said, "printed with ink\nprinted with paper\nprinted with lead\n");
+}
+
+#[test]
+fn the_examples_are_as_short_as_they_say() {
+    for (example, most) in [("embed.rs", 50), ("worker.py", 60)] {
+        let lines = fs::read_to_string(format!("examples/{example}")).unwrap().lines().count();
+        assert!(lines < most, "{example} has {lines} lines");
+    }
+}

@@ -14,6 +14,7 @@ pub(crate) mod scene;
 pub(crate) mod chance;
 pub(crate) mod stage;
 pub(crate) mod stores;
+pub(crate) mod python;
 
 use std::time::{Duration, Instant};
 
