@@ -39,7 +39,8 @@ async fn main() -> Result<(), BoxError> {
         watch.ended(Duration::from_secs(10), true).await?;
     }
     pump.shut_down(Duration::from_secs(30)).await;
-    Ok(pump.store().close().await)
+    pump.store().close().await;
+    Ok(())
 }
 
 #[expect(clippy::disallowed_macros, reason = "an example talks to whoever runs it")]

@@ -254,18 +254,34 @@ impl Batch {
         }
         let (places, messages): (Vec<_>, Vec<_>) = self.good.into_iter().unzip();
         doors.check_replies(&messages).await?;
-        let enqueue = Enqueue { messages, atomic, batch: self.key };
-        let done = match doors.enqueue(to, enqueue).await? {
-            EnqueueOutcome::Done(done) => done,
-            EnqueueOutcome::BatchKeyReused => return Err(refused(&Refusal::KeyReused)),
-            EnqueueOutcome::Refused(refusals) => {
-                if let Some((_, Refusal::NoSuchQueue(name))) = refusals.first() {
-                    return Err(Problem::no_such_queue(name));
+        let at_once = doors.at_once(to).await?;
+        if atomic && messages.len() > at_once {
+            let detail = format!(
+                "at most {at_once} messages are published all or none, because each becomes many"
+            );
+            return Err(Problem::new(problem::TOO_LARGE, detail));
+        }
+        let mut done = Vec::with_capacity(messages.len());
+        let mut messages = messages.into_iter().peekable();
+        while messages.peek().is_some() || done.is_empty() && places.is_empty() {
+            let some = messages.by_ref().take(at_once).collect();
+            let enqueue = Enqueue { messages: some, atomic, batch: self.key };
+            match doors.enqueue(to, enqueue).await? {
+                EnqueueOutcome::Done(some) => done.extend(some),
+                EnqueueOutcome::BatchKeyReused => return Err(refused(&Refusal::KeyReused)),
+                EnqueueOutcome::Refused(refusals) => {
+                    if let Some((_, Refusal::NoSuchQueue(name))) = refusals.first() {
+                        return Err(Problem::no_such_queue(name));
+                    }
+                    let problems =
+                        refusals.iter().map(|(at, refusal)| (places[*at], refused(refusal)));
+                    return Err(all_refused(problems.collect()));
                 }
-                let problems = refusals.iter().map(|(at, refusal)| (places[*at], refused(refusal)));
-                return Err(all_refused(problems.collect()));
             }
-        };
+            if places.is_empty() {
+                break;
+            }
+        }
         if let Some(Enqueued::Refused(Refusal::NoSuchQueue(name))) = done.first() {
             return Err(Problem::no_such_queue(name));
         }
@@ -285,6 +301,16 @@ impl Batch {
         let items = items.into_iter().map(|(_, item)| item).collect();
         let response = (status, Json(BatchAnswer { items })).into_response();
         Ok(if is_replayed { replayed(response) } else { response })
+    }
+}
+
+impl Doors {
+    /// How many messages go into one transaction: of those that become many, few enough that others are not held up.
+    async fn at_once(&self, to: &Destination) -> Result<usize, Problem> {
+        let Destination::Topic { topic, .. } = to else { return Ok(BATCH_MAX) };
+        let subscriptions = self.pump().store().subscriptions().await?;
+        let copies = subscriptions.iter().filter(|it| it.topic == *topic).count();
+        Ok((COPIES_MAX / copies.max(1)).clamp(1, BATCH_MAX))
     }
 }
 
@@ -379,5 +405,7 @@ fn all_refused(problems: Vec<(usize, Problem)>) -> Problem {
 }
 
 const BATCH_MAX: usize = 10_000;
+/// How many copies one transaction makes of what is published, more or less.
+const COPIES_MAX: usize = 10_000;
 /// The most bytes in the body of a batch.
 pub(super) const BYTES_MAX: usize = 16 * 1024 * 1024;

@@ -272,6 +272,9 @@ fn word(body: SettlementBody, limit: usize) -> Result<WorkersWord, Problem> {
     if body.reason.as_ref().is_some_and(|reason| reason.len() > REASON_MAX) {
         return Err(Invalid::new("/reason", "a reason has at most 1000 bytes").into());
     }
+    if body.delay.is_some_and(|delay| delay.0 > model::DELAY_MAX) {
+        return Err(Invalid::new("/delay", "at most 366d").into());
+    }
     let only_with = |pointer: &str, verdict: &str| {
         Err(Problem::from(Invalid::new(pointer, format!("only with the verdict {verdict}"))))
     };

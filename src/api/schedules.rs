@@ -467,8 +467,13 @@ impl Doors {
         record.ok_or_else(|| no_such_schedule(name))
     }
 
-    /// Refuses a schedule whose queue is not there: it would find out in the night.
+    /// Refuses a schedule whose queue is not there, or whose payload is too large: it would find out in the night.
     async fn check_target(&self, schedule: &Schedule) -> Result<(), Problem> {
+        let size = schedule.message().map(|message| message.body.len()).unwrap_or_default();
+        if size > self.body_limit() {
+            let detail = format!("a payload has at most {} bytes", self.body_limit());
+            return Err(Problem::new(problem::TOO_LARGE, detail));
+        }
         if let Some(Destination::Queue(queue)) = schedule.destination()
             && self.pump().store().queue(&queue).await?.is_none()
         {
@@ -487,4 +492,4 @@ fn no_such_schedule(name: &ScheduleName) -> Problem {
 /// How many of the next times are shown.
 const SHOWN: usize = 5;
 /// The most bytes in a schedule with its payload.
-const SCHEDULE_BYTES_MAX: usize = 2 * 1024 * 1024;
+const SCHEDULE_BYTES_MAX: usize = 4 * 1024 * 1024;

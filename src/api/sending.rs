@@ -243,7 +243,15 @@ pub(super) async fn send(
     let status = if is_new { StatusCode::CREATED } else { StatusCode::OK };
     let Some((watch, wait)) = watch else { return Ok(receipt_answer(status, &receipt, !is_new)) };
     let watch = if is_new { watch } else { doors.pump().watch(receipt.id) };
-    match watch.ended(wait, is_new).await? {
+    let ended = watch.ended(wait, is_new).await.unwrap_or_else(|error| {
+        // It is committed, whatever can be seen of it now.
+        tracing::warn!(
+            error = &error as &dyn std::error::Error,
+            "cannot look at a message that is waited for"
+        );
+        None
+    });
+    match ended {
         Some((record, deliveries)) => {
             let body = Json(messages::with_deliveries(&record, &deliveries));
             Ok(located(body.into_response(), &receipt, !is_new))
@@ -393,7 +401,7 @@ impl Doors {
         let put = self.pump().store().put_queue(queue, settings, Precondition::Absent).await?;
         if let PutQueue::Created(_) = put {
             // A typing error in a name makes one too, and nothing else would tell.
-            tracing::warn!(%queue, "a message to an unknown queue made it; it has no handler, so what is in it waits");
+            tracing::warn!(%queue, "a message to an unknown queue made it; its messages wait until a worker takes them, or it is given a handler");
         }
         Ok(())
     }

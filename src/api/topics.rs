@@ -14,7 +14,7 @@ use utoipa_axum::routes;
 use crate::model::{
     Condition, Invalid, QueueName, Subscription, SubscriptionFilter, SubscriptionName, TopicName,
 };
-use crate::store::PutSubscription;
+use crate::store::{PutSubscription, SUBSCRIPTIONS_MAX};
 use crate::telemetry::rates;
 
 use super::Doors;
@@ -266,6 +266,13 @@ async fn put_subscription(
     let subscription = Subscription { topic, name, queue, filter: body.filter.into() };
     subscription.filter.check().map_err(Problem::invalid)?;
     let shown = SubscriptionBody::from(&subscription);
+    let all = doors.pump().store().subscriptions().await?;
+    let others =
+        all.iter().filter(|it| it.topic == subscription.topic && it.name != subscription.name);
+    if others.count() >= SUBSCRIPTIONS_MAX {
+        let detail = format!("a topic has at most {SUBSCRIPTIONS_MAX} subscriptions");
+        return Err(Invalid::new("", detail).into());
+    }
     let store = doors.pump().store().clone();
     let put = async move { Ok(store.put_subscription(subscription).await?) };
     let status = match doors.to_the_end(put).await? {

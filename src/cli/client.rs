@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, Result, anyhow, bail};
+use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use http_body_util::{BodyExt, Full, Limited};
@@ -34,6 +34,24 @@ pub(super) struct Call<'a> {
     pub(super) patience: Duration,
 }
 
+/// An answer that is none of 2xx.
+#[derive(Debug, thiserror::Error)]
+#[error("{text}")]
+pub(super) struct Refused {
+    status: StatusCode,
+    text: String,
+}
+
+impl Refused {
+    /// Whether the same may be answered otherwise a little later.
+    pub(super) fn is_for_now(&self) -> bool {
+        matches!(
+            self.status,
+            StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE | StatusCode::CONFLICT
+        )
+    }
+}
+
 /// Sends it, and returns the body of a 2xx answer. Any other answer is an error that says what the server said.
 pub(super) async fn call(call: Call<'_>) -> Result<Bytes> {
     let url = format!("{}{}", call.base.trim_end_matches('/'), call.path);
@@ -49,7 +67,8 @@ pub(super) async fn call(call: Call<'_>) -> Result<Bytes> {
         .map_err(|_| anyhow!("no answer within {:?} to {what}", call.patience))?;
     let (status, body) = answer.with_context(|| format!("no answer to {what}"))?;
     if !status.is_success() {
-        bail!("{}", format!("{what} was answered with {status}\n{}", pretty(&body)).trim_end());
+        let text = format!("{what} was answered with {status}\n{}", pretty(&body));
+        return Err(Refused { status, text: text.trim_end().to_owned() }.into());
     }
     Ok(body)
 }

@@ -19,6 +19,8 @@ mod serve;
 mod migrate;
 mod client;
 mod send;
+mod lines;
+mod receive;
 mod queues;
 mod bench;
 
@@ -56,6 +58,7 @@ Examples:
   pumphouse serve --queue hello=log:          a server with a queue that shows its messages
   pumphouse send hello 'Good morning'         send it one
   pumphouse queues list                       see what became of it
+  pumphouse tail                              watch messages come in
   pumphouse bench enqueue                     how much this machine can take
   pumphouse help serve                        every setting, and what it is without being set
 
@@ -78,9 +81,26 @@ enum Command {
     /// Print the OpenAPI document of the HTTP interface
     #[command(after_help = "Example:\n  pumphouse openapi > pumphouse.json")]
     Openapi,
-    /// Send one message to a running server
+    /// Send one message, or many, to a queue of a running server
     #[command(after_help = SEND_EXAMPLES)]
     Send(send::Send),
+    /// Publish one message, or many, to a topic of a running server
+    #[command(after_help = PUBLISH_EXAMPLES)]
+    Publish(send::Publish),
+    /// Take messages of a queue, print them, and ack them
+    #[command(after_help = RECEIVE_EXAMPLES)]
+    Receive(receive::Receive),
+    /// Watch messages come in
+    #[command(after_help = "Examples:\n  pumphouse tail\n  pumphouse tail emails --type welcome")]
+    Tail(receive::Tail),
+    /// Print a script that completes this program's commands and flags in a shell
+    #[command(
+        after_help = "Example:\n  pumphouse completion bash > /etc/bash_completion.d/pumphouse"
+    )]
+    Completion {
+        /// For which shell
+        shell: clap_complete::Shell,
+    },
     /// Show and change the queues of a running server
     #[command(after_help = "Examples:\n  pumphouse queues list\n  pumphouse queues put \
         emails=http://127.0.0.1:9000/emails\n  pumphouse queues stop emails --reason 'mail server moves'")]
@@ -106,7 +126,27 @@ const SEND_EXAMPLES: &str = "\
 Examples:
   pumphouse send emails '{\"to\": \"ada@example.com\"}' --type welcome --key welcome-ada
   pumphouse send emails --delay 10m < letter.txt
-  pumphouse send emails hello --header x-tenant=acme";
+  pumphouse send emails hello --header x-tenant=acme
+  pumphouse send emails hello --wait 30s                     print what became of it
+  pumphouse send emails --lines < envelopes.ndjson           many, with progress
+
+With --lines each line is an envelope, as in {\"payload\": {\"to\": \"ada\"}, \"type\": \"welcome\"}. A batch whose answer was
+lost is sent again under its key, and taken once.";
+
+const PUBLISH_EXAMPLES: &str = "\
+Examples:
+  pumphouse publish orders '{\"id\": 17}' --type orders.placed
+  pumphouse publish orders --lines < orders.ndjson
+
+Who has subscribed: GET /admin/v1/topics/orders/subscriptions";
+
+const RECEIVE_EXAMPLES: &str = "\
+Examples:
+  pumphouse receive jobs                                     take one, if there is one
+  pumphouse receive jobs --max 100 --verdict release         look at what is there
+  pumphouse receive jobs --follow | while read -r job; do …
+
+Prints each message as a line of JSON, and settles it then: what was not printed comes back.";
 
 #[derive(Debug, Args)]
 struct Settings {
@@ -191,6 +231,14 @@ async fn execute(command: Command) -> Result<()> {
         }
         Command::Openapi => print(&api::openapi_json()),
         Command::Send(message) => send::run(message).await,
+        Command::Publish(message) => send::publish(message).await,
+        Command::Receive(what) => receive::receive(what).await,
+        Command::Tail(what) => receive::tail(what).await,
+        Command::Completion { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "pumphouse", &mut script);
+            print(String::from_utf8(script).context("a script is text")?.trim_end())
+        }
         Command::Queues(action) => queues::run(action).await,
         Command::Health(server) => health(&server).await,
         Command::Bench(bench) => bench::run(bench).await,

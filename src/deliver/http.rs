@@ -249,7 +249,8 @@ fn meaning(
         }
     };
     let mut reply = Reply::default();
-    if verdict == Verdict::Ack && wants_reply {
+    // What carries messages is for the pump, and no answer to anybody.
+    if verdict == Verdict::Ack && wants_reply && carries == Carries::Nothing {
         if !body.is_whole {
             let detail = "an answer that is sent on is not longer than the body limit";
             return Err(failure(ErrorKind::TooLarge, detail.to_owned()));

@@ -7,7 +7,7 @@ use tower::service_fn;
 use url::Url;
 
 use crate::clock::Clock;
-use crate::model::{ErrorKind, Failure, HttpHandler, PushHandler};
+use crate::model::{Answer, HttpHandler, PushHandler, Verdict};
 
 use super::connections::Connector;
 use super::http::Endpoint;
@@ -28,11 +28,14 @@ pub fn push_handler(
     Handler::new(service_fn(move |delivery: Delivery| {
         let (destinations, clock) = (Arc::clone(&destinations), Arc::clone(&clock));
         async move {
-            let what = "the message names no URL that can be called";
             let url = delivery.message.head.details.url.as_ref();
-            let endpoint = url.and_then(|url| destinations.endpoint(url));
-            let endpoint = endpoint.ok_or_else(|| Failure::new(ErrorKind::AddressRefused, what))?;
-            endpoint.post(&*clock, delivery).await
+            match url.and_then(|url| destinations.endpoint(url)) {
+                Some(endpoint) => endpoint.post(&*clock, delivery).await,
+                None => {
+                    let reason = "the message names no URL that can be called".to_owned();
+                    Ok(Answer::from(Verdict::DeadLetter { reason }))
+                }
+            }
         }
     }))
 }

@@ -135,7 +135,8 @@ pub struct PushHandler {
     /// One deadline over connecting, TLS, headers and body.
     #[serde(with = "micros")]
     pub timeout: Duration,
-    /// Headers that go along with every delivery; values are masked when read.
+    /// Headers that go along with every delivery, to whatever host the message names: no secrets, unless all hosts that
+    /// are allowed may know them. Values are masked when read.
     #[serde(default)]
     pub headers: BTreeMap<String, String>,
     /// How a message is written.

@@ -8,7 +8,7 @@ use serde_json::value::RawValue;
 use sha2::{Digest, Sha256};
 
 use super::queue::micros;
-use super::{Destination, Envelope, Invalid, MessageId, NewMessage, ScheduleName};
+use super::{Destination, Envelope, Idempotency, Invalid, MessageId, NewMessage, ScheduleName};
 
 /// How many firings of a schedule are remembered: the latest.
 pub const FIRINGS_KEPT: usize = 50;
@@ -118,6 +118,8 @@ impl Schedule {
     ) -> Result<NewMessage, Vec<Invalid>> {
         let mut message = self.message()?;
         message.id = MessageId::scheduled(name.as_str(), due);
+        let key = format!("{name} {due}");
+        message.keys.push(Idempotency::new("schedule", &key, [0; 32]));
         Ok(message)
     }
 

@@ -16,6 +16,6 @@ pub use backoff::wait;
 pub use batching::{LEASE_BATCH_MAX, Usual, prefetch};
 pub use care::company;
 pub use rate::{Bucket, Rate};
-pub use recovery::{Decision, after_failure, after_probe, after_verdict, says_ill};
+pub use recovery::{Decision, after_failure, after_probe, after_verdict, after_word, says_ill};
 pub use simulate::{Step, simulate};
 pub use timetable::{Due, Times};

@@ -47,6 +47,27 @@ pub fn after_verdict(
     Decision { settlement, stop_queue: None, hold }
 }
 
+/// What follows what a worker says: a retry after the delay that it names, or else by the queue's recovery. The arguments
+/// are those of [`after_verdict`].
+pub fn after_word(
+    recovery: &Recovery,
+    verdict: &Verdict,
+    tries: Tries,
+    age: Duration,
+    chance: f64,
+) -> Settlement {
+    match verdict {
+        Verdict::Retry { after } => {
+            let wait = Wait { ours: *after, theirs: None };
+            Budget { recovery, tries, age }.retry(wait, "the worker asked for a retry", chance)
+        }
+        Verdict::Ack | Verdict::DeadLetter { .. } | Verdict::Discard { .. } => {
+            let answer = Answer::from(verdict.clone());
+            after_verdict(recovery, &answer, tries, age, chance).settlement
+        }
+    }
+}
+
 /// What follows a failure: by the first of the queue's rules that matches, else by the table of the protocol.
 ///
 /// Total over every kind and status. The arguments are those of [`after_verdict`].

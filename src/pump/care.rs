@@ -104,18 +104,30 @@ impl QueuePump {
             true
         };
         let (start, wait): (Vec<_>, Vec<_>) = leased.into_iter().partition(bears);
-        let wait = wait.into_iter().map(|next| Arc::clone(self).let_wait(next, Arc::clone(round)));
+        let wait =
+            wait.into_iter().map(|next| Arc::clone(self).let_wait(next, None, Arc::clone(round)));
         futures::future::join_all(wait).await;
         start
     }
 
     /// Gives back a message that has to wait for others before it is tried, for a moment in which nobody
-    /// leases it. Nothing is counted.
-    pub(super) async fn let_wait(self: Arc<Self>, leased: Leased, round: Arc<Round>) {
+    /// leases it, or for as long as its host is busy. Nothing is counted.
+    pub(super) async fn let_wait(
+        self: Arc<Self>,
+        leased: Leased,
+        busy_for: Option<Duration>,
+        round: Arc<Round>,
+    ) {
         let (queue, message) = (&self.queue, leased.lease.id);
-        tracing::info!(%queue, %message, crashes = leased.tries.crashes, "approached with care: it waits for others");
+        match busy_for {
+            None => {
+                tracing::info!(%queue, %message, crashes = leased.tries.crashes, "approached with care: it waits for others");
+            }
+            Some(wait) => tracing::debug!(%queue, %message, ?wait, "its host has enough to do"),
+        }
         round.count_released();
-        let settlement = Settlement::Postpone { after: WAIT.mul_f64(1.0 + self.clock.chance()) };
+        let wait = busy_for.unwrap_or(WAIT);
+        let settlement = Settlement::Postpone { after: wait.mul_f64(1.0 + self.clock.chance()) };
         let settle = Settle { lease: leased.lease, settlement, delivery: None, sent: Vec::new() };
         let _nothing_was_sent = self.settle(settle, &round).await;
     }

@@ -38,8 +38,8 @@ use tower::ServiceExt;
 use crate::clock::Clock;
 use crate::deliver::{Delivery, Handler, Outbox};
 use crate::model::{
-    Answer, DeliveryRecord, ErrorKind, Failure, Lease, Leased, NewMessage, Outcome, QueueName,
-    QueueSettings, ReplicaName, Settlement, Tries, answer_to, children,
+    Answer, DeliveryRecord, ErrorKind, Failure, Head, Lease, Leased, NewMessage, Outcome,
+    QueueName, QueueSettings, ReplicaName, Reply, Settlement, Tries, answer_to, children,
 };
 use crate::policy::{self, Decision};
 use crate::store::{Settle, Store, target_gone};
@@ -142,10 +142,14 @@ impl QueuePump {
             let setup = self.setup();
             let care = self.approach(&next, &setup.settings, round.mode);
             let destination = self.enter_destination(&next.message.head, &setup.settings);
-            let (Some(care), Some(destination)) = (care, destination) else {
-                self.hold_no_longer();
-                round.tasks.spawn(Arc::clone(&self).let_wait(next, Arc::clone(&round)));
-                continue;
+            let (care, destination) = match (care, destination) {
+                (Some(care), Ok(destination)) => (care, destination),
+                (_, destination) => {
+                    self.hold_no_longer();
+                    let wait = destination.err();
+                    round.tasks.spawn(Arc::clone(&self).let_wait(next, wait, Arc::clone(&round)));
+                    continue;
+                }
             };
             let slots = self.enter_in_time(&next, since, &setup, &round, (care, destination)).await;
             self.hold_no_longer();
@@ -207,7 +211,8 @@ impl QueuePump {
         let sent = match &outcome {
             Ok(answer) => {
                 let mut sent = answer.sent.clone(); // shares the payloads' bytes
-                sent.extend(answer_to(&message.head, answer.reply.clone()));
+                let reply = self.reply(&message.head, answer.reply.clone());
+                sent.extend(round.within_grace(reply).await.flatten());
                 children(&message.head, sent)
             }
             Err(_) => Vec::new(),
@@ -367,6 +372,17 @@ impl QueuePump {
         }
     }
 
+    /// The answer as a message, where the message names a queue for it that is there. One that was deleted meanwhile gets
+    /// none: what was done must not be done again for that.
+    async fn reply(&self, head: &Head, reply: Reply) -> Option<NewMessage> {
+        let queue = head.details.reply_to.as_ref()?;
+        if let Ok(None) = self.store.queue(queue).await {
+            tracing::warn!(queue = %self.queue, message = %head.id, reply_to = %queue, "its answer goes nowhere: there is no such queue any more");
+            return None;
+        }
+        answer_to(head, reply)
+    }
+
     fn record(
         &self,
         attempt: &Attempt,
@@ -466,7 +482,9 @@ impl QueuePump {
         let mut rounds = self.rounds();
         rounds.retain(|round| !round.is_over());
         let running = rounds.iter().find(|round| !round.closed.is_cancelled());
-        if running.map(|round| round.mode) == mode {
+        // A queue that has got another kind of handler begins anew.
+        let takes_in = self.setup().handler.is_some();
+        if running.map(|round| (round.mode, round.takes_in)) == mode.map(|mode| (mode, takes_in)) {
             return;
         }
         for round in rounds.iter() {
@@ -474,9 +492,8 @@ impl QueuePump {
         }
         self.meters.running.set(if mode == Some(Mode::All) { 1.0 } else { 0.0 });
         if let Some(mode) = mode {
-            let round = Arc::new(Round::new(mode));
-            // Where workers come and take, nothing is leased ahead of them.
-            if self.setup().handler.is_some() {
+            let round = Arc::new(Round::new(mode, takes_in));
+            if takes_in {
                 round.tasks.spawn(Arc::clone(self).run(Arc::clone(&round)));
             }
             rounds.push(round);

@@ -4,7 +4,7 @@
 //! by looking from time to time.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -27,8 +27,15 @@ pub(super) struct Outcomes {
 
 #[derive(Debug, Default)]
 struct Waiter {
-    told: Arc<Notify>,
+    told: Arc<Told>,
     count: usize,
+}
+
+/// Whether a message has come to its end since somebody began to wait.
+#[derive(Debug, Default)]
+struct Told {
+    has_ended: AtomicBool,
+    now: Notify,
 }
 
 impl Outcomes {
@@ -37,7 +44,8 @@ impl Outcomes {
         if self.waiting.load(Ordering::Acquire) > 0
             && let Some(waiter) = self.lock().get(&id)
         {
-            waiter.told.notify_waiters();
+            waiter.told.has_ended.store(true, Ordering::Release);
+            waiter.told.now.notify_waiters();
         }
     }
 
@@ -52,7 +60,7 @@ pub struct Watch {
     outcomes: Arc<Outcomes>,
     store: Arc<dyn Store>,
     id: MessageId,
-    told: Arc<Notify>,
+    told: Arc<Told>,
     leaving: CancellationToken,
 }
 
@@ -81,9 +89,9 @@ impl Watch {
     ) -> store::Result<Option<(Record, Vec<DeliveryRecord>)>> {
         let until = Instant::now() + patience;
         let mut look = FIRST_LOOK;
-        let mut told = std::pin::pin!(self.told.notified());
+        let mut told = std::pin::pin!(self.told.now.notified());
         told.as_mut().enable();
-        let mut is_to_be_looked_for = !is_new;
+        let mut is_to_be_looked_for = !is_new || self.told.has_ended.load(Ordering::Acquire);
         loop {
             if is_to_be_looked_for
                 && let Some(found) = self.store.message(self.id).await?
@@ -98,7 +106,7 @@ impl Watch {
             }
             let told_or_not = tokio::time::timeout_at(until.min(now + look), &mut told);
             let _ = self.leaving.run_until_cancelled(told_or_not).await;
-            told.set(self.told.notified());
+            told.set(self.told.now.notified());
             told.as_mut().enable();
             look = (look * 2).min(LAST_LOOK);
         }

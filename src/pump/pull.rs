@@ -1,19 +1,22 @@
 //! Pulling: workers who come and take messages, and say later what became of them.
 //!
 //! A worker is no part of this process. Its leases outlive the process that gave them, any process takes what it says
-//! of them, and how many are out is counted in the store, over all of them. Of those who wait for a message of one queue
+//! of them, and how many are out is counted in the store, over all of them (so the scope of the queue's limit is always the
+//! cluster, and the ceiling over all queues counts them only as 0: then nothing is given out). Of those who wait for a message of one queue
 //! in this process one waits for news, and the others for their turn; so a crowd of them asks the store no more
 //! often than one does.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use futures::future::join_all;
 use tokio::sync::{Mutex, Notify, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use crate::model::{
-    Answer, DeliveryRecord, ErrorKind, Handler, Held, Lease, Leased, NewMessage, Outcome,
-    QueueName, Reply, Settlement, Ticket, Verdict, answer_to, children,
+    DeliveryRecord, ErrorKind, Handler, Held, Lease, Leased, NewMessage, Outcome, QueueName, Reply,
+    Settlement, Ticket, Verdict, children,
 };
 use crate::policy;
 use crate::store::{self, Claim, Settle, Settled};
@@ -93,9 +96,35 @@ pub enum Heard {
 /// Who waits for messages of a queue in this process.
 #[derive(Debug, Default)]
 pub(super) struct Turnstile {
-    turn: Mutex<()>,
+    /// One of them hears the news; the others wait for their turn.
+    waiting: Mutex<()>,
+    /// One at a time asks the store, so that tokens of a rate limit are not taken twice.
+    claiming: Mutex<()>,
     /// Told when a worker has given something back, so that there may be room.
     freed: Notify,
+}
+
+/// Messages on their way to a worker; those that never get there go back.
+struct Handed {
+    leased: Vec<Leased>,
+    pump: Arc<QueuePump>,
+    round: Arc<Round>,
+}
+
+impl Handed {
+    /// They have got there.
+    fn keep(mut self) -> Vec<Leased> {
+        std::mem::take(&mut self.leased)
+    }
+}
+
+impl Drop for Handed {
+    fn drop(&mut self) {
+        for leased in self.leased.drain(..) {
+            let (pump, round) = (Arc::clone(&self.pump), Arc::clone(&self.round));
+            self.round.tasks.spawn(pump.give_back(leased, round));
+        }
+    }
 }
 
 impl Pumphouse {
@@ -168,15 +197,14 @@ impl QueuePump {
         self: &Arc<Self>,
         pull: &Pull,
         until: tokio::time::Instant,
-        leaving: &tokio_util::sync::CancellationToken,
+        leaving: &CancellationToken,
     ) -> store::Result<Vec<Leased>> {
-        let turn = tokio::time::timeout_at(until, self.turnstile.turn.lock());
-        // Whoever waits for no time at all asks all the same.
-        let _turn = match turn.await {
-            Ok(turn) => Some(turn),
-            Err(_) if pull.wait.is_zero() => None,
-            Err(_) => return Ok(Vec::new()),
-        };
+        if pull.wait.is_zero() {
+            return self.take_for(pull).await;
+        }
+        // Who waits for this waits for nothing that whoever has it would not hear of.
+        let waiting = tokio::time::timeout_at(until, self.turnstile.waiting.lock());
+        let Ok(_waiting) = waiting.await else { return Ok(Vec::new()) };
         let mut news = self.store.news().of_queue(&self.queue);
         loop {
             news.mark_unchanged(); // before looking, so that nothing slips in between
@@ -199,22 +227,27 @@ impl QueuePump {
         }
     }
 
-    /// How long to trust the news alone. A stopped queue, and a rate limit, are looked at again soon.
+    /// How long to trust the news alone. A stopped queue, and one whose rate limit has no token, are looked at again soon,
+    /// which asks nobody; that another process was told of a place that is free, no news tells.
     fn patience_of_workers(&self) -> Duration {
-        let setup = self.setup();
-        let waits_for_us = setup.settings.rate_limit.is_some() || self.open_round().is_none();
-        let idle = IDLE_POLL.mul_f64(0.75 + self.clock.chance() / 2.0);
-        if waits_for_us { LOOK } else { idle }
+        let asks_nobody = self.open_round().is_none() || self.can_start_now() == Some(0);
+        let idle = if self.replicas.load(Ordering::Relaxed) > 1 { SHARED_POLL } else { IDLE_POLL };
+        if asks_nobody { LOOK } else { idle.mul_f64(0.75 + self.clock.chance() / 2.0) }
     }
 
     /// Claims once, if the queue runs and its rate limit allows it. What is claimed for somebody who has gone is given
     /// back.
     async fn take_for(self: &Arc<Self>, pull: &Pull) -> store::Result<Vec<Leased>> {
+        let _claiming = self.turnstile.claiming.lock().await;
+        let setup = self.setup();
+        let settings = &setup.settings;
         let Some(round) = self.open_round() else { return Ok(Vec::new()) };
-        let settings = self.setup().settings.clone();
+        let most = settings.concurrency.most();
         let max = pull.max.min(PULL_MAX);
         let max = self.can_start_now().map_or(max, |now| max.min(now));
-        if max == 0 || settings.concurrency.most() == 0 {
+        // It may have got another handler while somebody waited.
+        let is_pulled = settings.handler == Handler::Pull;
+        if !is_pulled || max == 0 || most == 0 || self.ceiling.limit() == 0 {
             return Ok(Vec::new());
         }
         let claim = Claim {
@@ -223,35 +256,28 @@ impl QueuePump {
             duration: pull.duration.unwrap_or(settings.lease()),
             replica: self.replica.clone(),
             urgent_only: round.mode == Mode::UrgentOnly,
-            out_max: Some(settings.concurrency.most()),
+            out_max: Some(most),
         };
         let (reply, answer) = oneshot::channel();
-        let this = Arc::clone(self);
-        let tracked = Arc::clone(&round);
+        let (this, its_round) = (Arc::clone(self), Arc::clone(&round));
         // In a task of the round, so that a stop waits for it, and a worker that goes away leaves nothing leased.
         round.tasks.spawn(async move {
+            if its_round.closed.is_cancelled() {
+                return; // stopped since it was looked at
+            }
             let claimed = this.store.lease(claim).await;
-            if let Ok(leased) = &claimed {
-                for _ in leased {
-                    // Looked at a moment ago; somebody else's faster token makes this one's next wait longer.
-                    let _ = this.take_token();
-                }
-            }
-            if let Err(Ok(left)) = reply.send(claimed) {
-                this.give_all_back(left, &tracked).await;
-            }
+            let handed = claimed.map(|leased| Handed { leased, pump: this, round: its_round });
+            // Where nobody waits for it any more, it is dropped, and goes back.
+            let _ = reply.send(handed);
         });
-        let gone = || store::Error::Unavailable("the queue was stopped meanwhile".into());
-        let leased = answer.await.map_err(|_| gone())??;
+        let Ok(handed) = answer.await else { return Ok(Vec::new()) };
+        let leased = handed?.keep();
         for leased in &leased {
+            // There was one for each when it was looked at, and nobody else takes any.
+            let _ = self.take_token();
             self.meters.queue_wait_seconds.record(super::wait(leased));
         }
         Ok(leased)
-    }
-
-    async fn give_all_back(self: &Arc<Self>, left: Vec<Leased>, round: &Arc<Round>) {
-        let back = left.into_iter().map(|one| Arc::clone(self).give_back(one, Arc::clone(round)));
-        join_all(back).await;
     }
 
     /// The run in which messages may be taken now.
@@ -272,17 +298,14 @@ impl QueuePump {
         let settlement = match &word.verdict {
             None => Settlement::Release,
             Some(verdict) => {
-                let answer = Answer::from(verdict.clone());
-                let recovery = &settings.recovery;
-                let chance = self.clock.chance();
-                // What was counted when it was leased is this very attempt.
-                policy::after_verdict(recovery, &answer, held.tries, age, chance).settlement
+                let (recovery, chance) = (&settings.recovery, self.clock.chance());
+                policy::after_word(recovery, verdict, held.tries, age, chance)
             }
         };
         let mut sent = Vec::new();
         if settlement == Settlement::Ack {
             sent = word.sent;
-            sent.extend(answer_to(&held.head, word.reply));
+            sent.extend(self.reply(&held.head, word.reply).await);
             sent = children(&held.head, sent);
         }
         let failed = matches!(settlement, Settlement::Retry { .. } | Settlement::DeadLetter { .. });
@@ -313,3 +336,6 @@ impl QueuePump {
         }
     }
 }
+
+/// How often it is looked for a place that another process was told of.
+const SHARED_POLL: Duration = Duration::from_millis(1500);

@@ -23,6 +23,8 @@ pub(crate) enum Mode {
 #[derive(Debug)]
 pub(crate) struct Round {
     pub(crate) mode: Mode,
+    /// Whether something is leased ahead in it; not where workers come and take.
+    pub(crate) takes_in: bool,
     /// Cancelled: take no new lease, start nothing.
     pub(crate) closed: CancellationToken,
     /// Cancelled: drop what is open.
@@ -35,9 +37,10 @@ pub(crate) struct Round {
 }
 
 impl Round {
-    pub(crate) fn new(mode: Mode) -> Self {
+    pub(crate) fn new(mode: Mode, takes_in: bool) -> Self {
         Self {
             mode,
+            takes_in,
             closed: CancellationToken::new(),
             cut: CancellationToken::new(),
             tasks: TaskTracker::new(),

@@ -1,8 +1,9 @@
 //! Clocks that send: each replica looks at all schedules, and of all replicas one sends.
 //!
-//! A message for a time has an id that follows from the schedule's name and that time. It is sent first, and then the
-//! schedule is turned to its next time, by compare and swap; so a process that dies in between sends nothing twice,
-//! because the next one collapses onto the first, and nothing is left out.
+//! A message for a time has an id and a key that follow from the schedule's name and that time. It is sent first, and then
+//! the schedule is turned to its next time, by compare and swap; so a process that dies in between leaves nothing out, and
+//! the one after it sends nothing twice, because that collapses onto the first: as long as the first message is there, and
+//! for as long as its queue or topic remembers keys.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,7 +78,10 @@ impl Pumphouse {
             }
             Err(wrong) => firing.problem = Some(said(&wrong)),
         }
-        self.remember(record, &firing).await?;
+        if let Err(error) = self.remember(record, &firing).await {
+            let error = &error as &dyn std::error::Error;
+            tracing::warn!(schedule = %name, error, "sent, and not noted");
+        }
         Ok(Some(firing))
     }
 
@@ -152,7 +156,11 @@ impl House {
             *known = self.store.schedules().await?;
         }
         for record in known.iter_mut().filter(|record| is_due(record)) {
-            self.fire(record, now).await?;
+            // One that cannot be fired holds up no other, and is tried again in a moment.
+            if let Err(error) = self.fire(record, now).await {
+                let error = &error as &dyn std::error::Error;
+                tracing::warn!(schedule = %record.name, error, "cannot send what is due; trying again");
+            }
         }
         let next = known.iter().filter_map(|record| record.state.next_at).min();
         let until = next.map(|next| Duration::try_from(next.duration_since(now)));

@@ -65,7 +65,7 @@ pub use postgres::Postgres;
 pub use schedules::PutSchedule;
 #[cfg(feature = "sqlite")]
 pub use sqlite::Sqlite;
-pub use topics::{Copied, Published, PutSubscription, TOPIC_WINDOW};
+pub use topics::{Copied, Published, PutSubscription, SUBSCRIPTIONS_MAX, TOPIC_WINDOW};
 pub use upkeep::{Attendance, Attended, Promoted, Reaped, Swept, Want};
 
 /// What a store promises. See the [module](self) for what holds for every method.

@@ -4,7 +4,6 @@ use crate::model::ScheduleRecord;
 
 /// What became of a schedule that was to be put.
 #[derive(Debug, Clone, PartialEq)]
-#[expect(clippy::large_enum_variant, reason = "made once for a call of an operator, never in bulk")]
 pub enum PutSchedule {
     /// It is new.
     Created(ScheduleRecord),

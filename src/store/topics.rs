@@ -17,6 +17,9 @@ use crate::model::{
 /// How long a topic remembers the idempotency keys of what was published to it: a day.
 pub const TOPIC_WINDOW: Duration = Duration::from_secs(24 * 3600);
 
+/// How many subscriptions a topic has at most.
+pub const SUBSCRIPTIONS_MAX: usize = 1000;
+
 /// From how many bytes on a payload that goes to several queues is kept once for all of them.
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
 const SHARED_FROM: usize = 4096;
@@ -55,6 +58,26 @@ pub enum PutSubscription {
     Replaced,
     /// There is no such queue.
     NoSuchQueue,
+}
+
+/// A message on its way into one queue: as it was sent, or a copy of what was published. Small, because there are many.
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+#[derive(Debug, Clone)]
+pub(super) enum Incoming<'a> {
+    Sent(&'a NewMessage),
+    Copy(Box<NewMessage>),
+}
+
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
+impl std::ops::Deref for Incoming<'_> {
+    type Target = NewMessage;
+
+    fn deref(&self) -> &NewMessage {
+        match self {
+            Self::Sent(message) => message,
+            Self::Copy(message) => message,
+        }
+    }
 }
 
 /// The copies of a message for those that want it.

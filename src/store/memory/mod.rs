@@ -218,7 +218,7 @@ impl Store for Memory {
         next_at: Option<Timestamp>,
         precondition: Precondition,
     ) -> Result<PutSchedule> {
-        Ok(self.alone(|books, _| books.put_schedule(name, schedule, next_at, &precondition)))
+        Ok(self.alone(|books, now| books.put_schedule(name, schedule, next_at, &precondition, now)))
     }
 
     async fn turn_schedule(

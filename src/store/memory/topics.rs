@@ -49,13 +49,15 @@ impl Books {
         schedule: Schedule,
         next_at: Option<Timestamp>,
         precondition: &Precondition,
+        now: Timestamp,
     ) -> PutSchedule {
         let before = self.schedules.get(name);
         if !precondition.holds(before.map(|before| before.schedule.etag()).as_deref()) {
             return PutSchedule::PreconditionFailed;
         }
         let is_new = before.is_none();
-        let version = before.map_or(0, |before| before.version) + 1;
+        // Never one that an earlier schedule of this name had.
+        let version = before.map_or(0, |before| before.version + 1).max(now.as_microsecond());
         let state = before.map(|before| before.state.clone()).unwrap_or_default();
         let state = ScheduleState { next_at, ..state };
         let record = ScheduleRecord { name: name.clone(), schedule, state, version };

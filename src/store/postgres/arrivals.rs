@@ -1,6 +1,5 @@
 //! Messages on their way in, each as what becomes of it: a message in its queue, or a copy in each queue that wants it.
 
-use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
 
 use sqlx::postgres::PgRow;
@@ -10,7 +9,8 @@ use crate::model::{
     Destination, MessageId, NewMessage, QueueName, Subscription, SubscriptionName, TopicName,
 };
 
-use super::super::{Copied, Published, topics};
+use super::super::topics::{self, Incoming};
+use super::super::{Copied, Published};
 use super::fault::unreadable;
 use super::rows;
 
@@ -18,7 +18,7 @@ use super::rows;
 #[derive(Debug, Clone)]
 pub(super) struct Item<'a> {
     pub(super) queue: QueueName,
-    pub(super) message: Cow<'a, NewMessage>,
+    pub(super) message: Incoming<'a>,
     /// Its place among all items of the transaction.
     pub(super) place: usize,
     /// The place of the first of those that have the same payload, where it is kept once for them.
@@ -94,7 +94,7 @@ pub(super) async fn arrivals<'a>(
     let mut arrival = |message: &'a NewMessage| match &message.to {
         Destination::Queue(queue) => Arrival::Message(Item {
             queue: queue.clone(),
-            message: Cow::Borrowed(message),
+            message: Incoming::Sent(message),
             place: next(),
             shared: None,
         }),
@@ -107,7 +107,7 @@ pub(super) async fn arrivals<'a>(
                 let place = next();
                 let first = *first.get_or_insert(place);
                 let shared = is_shared.then_some(first);
-                Item { queue, message: Cow::Owned(copy), place, shared }
+                Item { queue, message: Incoming::Copy(Box::new(copy)), place, shared }
             };
             let copies = copies.into_iter().map(item).collect();
             let require_subscribers = *require_subscribers;
@@ -140,15 +140,25 @@ async fn subscriptions(
     }
     let topics = topics.into_iter().map(TopicName::as_str).collect::<Vec<_>>();
     for row in query(SUBSCRIPTIONS_OF).bind(topics).fetch_all(connection).await? {
-        // One that cannot be read: the topic's others must not wait for it.
-        let Ok(subscription) = subscription(&row) else { continue };
+        let Some(subscription) = readable_subscription(&row) else { continue };
         found.entry(subscription.topic.clone()).or_default().push(subscription);
     }
     Ok(found)
 }
 
+/// A subscription, unless it cannot be read: one of them must not stop all the others.
+pub(super) fn readable_subscription(row: &PgRow) -> Option<Subscription> {
+    let read = subscription(row);
+    read.inspect_err(|error| {
+        let topic = row.try_get::<&str, _>("topic").unwrap_or_default();
+        let name = row.try_get::<&str, _>("name").unwrap_or_default();
+        tracing::error!(%topic, %name, %error, "a subscription is left alone, because it cannot be read");
+    })
+    .ok()
+}
+
 /// Reads a subscription.
-pub(super) fn subscription(row: &PgRow) -> sqlx::Result<Subscription> {
+fn subscription(row: &PgRow) -> sqlx::Result<Subscription> {
     let name = |_| unreadable("a name is no name");
     let filter = serde_json::from_str(row.try_get("filter")?);
     Ok(Subscription {

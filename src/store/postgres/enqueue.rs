@@ -4,8 +4,6 @@
 //! know for all its messages ([`Facts`]), plans in memory what to write ([`Plan`]), and writes it with few
 //! statements. So a refusal undoes a part of the plan, and never a row; keys are the exception.
 
-use std::borrow::Cow;
-
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use sqlx::{Connection, PgConnection, query};
@@ -15,7 +13,8 @@ use crate::model::{Destination, Idempotency, Leased, NewMessage, QueueName, Repl
 use super::super::columns::OF_TOPICS;
 use super::super::{
     Copied, Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Published, Receipt, Refusal,
-    count_enqueued, is_new, refusals, topics,
+    count_enqueued, is_new, refusals,
+    topics::{self, Incoming},
 };
 use super::arrivals::{Arrival, Item, Publication, arrivals};
 use super::at_once;
@@ -38,7 +37,12 @@ impl Batch for Enqueues {
     }
 
     fn weight(call: &Enqueue) -> usize {
-        call.messages.iter().map(|message| message.body.len() + ROW_WEIGHT).sum()
+        let weight = |message: &NewMessage| match message.to {
+            Destination::Queue(_) => message.body.len() + ROW_WEIGHT,
+            // How many copies there are shows only later.
+            Destination::Topic { .. } => (message.body.len() + ROW_WEIGHT) * COPIES_GUESSED,
+        };
+        call.messages.iter().map(weight).sum()
     }
 
     fn commit<'c>(
@@ -59,6 +63,8 @@ impl Batch for Enqueues {
     }
 }
 
+/// How many copies are made of what is published, as a guess.
+const COPIES_GUESSED: usize = 16;
 /// What a message weighs besides its body.
 const ROW_WEIGHT: usize = 500;
 
@@ -149,7 +155,7 @@ struct NewRow<'a> {
     seq: i64,
     queue_id: i32,
     queue: QueueName,
-    message: Cow<'a, NewMessage>,
+    message: Incoming<'a>,
     /// Where its payload is, if it is that of others too.
     shared: Option<i64>,
     due_at: i64,

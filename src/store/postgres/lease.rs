@@ -86,8 +86,8 @@ async fn claim_and_bury(
     all: &mut Vec<Leased>,
 ) -> Result<More> {
     let queue = claim.queue.clone();
-    let asked = claim.max as i64;
-    let Claimed { leased, unreadable, dropped, taken, .. } = claim_once(store, claim, way).await?;
+    let Claimed { leased, unreadable, dropped, taken, asked, .. } =
+        claim_once(store, claim, way).await?;
     all.extend(leased);
     if !dropped.is_empty() {
         clear_the_way(store, &queue, dropped).await?;
@@ -123,8 +123,9 @@ struct Claimed {
     unreadable: Vec<(Lease, String)>,
     /// Groups of which tokens were taken, and that have nothing to lease now.
     dropped: Vec<i64>,
-    /// How many tokens were taken in all.
+    /// How many tokens were taken in all, and how many were asked for.
     taken: i64,
+    asked: i64,
     /// Whether messages of the queue take turns.
     fair: bool,
     /// Where this claim ended, if it took anything.
@@ -316,7 +317,8 @@ impl Asking {
             statement = statement.bind(last);
         }
         let rows = statement.fetch_all(connection).await?;
-        read(rows, &self.claim.queue, self.until)
+        let claimed = read(rows, &self.claim.queue, self.until)?;
+        Ok(Claimed { asked: self.claim.max as i64, ..claimed })
     }
 }
 

@@ -11,7 +11,7 @@ use crate::model::{
 
 use super::super::{Precondition, PutSchedule, PutSubscription, Result};
 use super::Postgres;
-use super::arrivals::subscription;
+use super::arrivals::readable_subscription;
 use super::fault::{Trouble, unreadable};
 use super::news::Word;
 use super::queues::{COUNT_REVISION, json};
@@ -56,6 +56,10 @@ select name, schedule, state, version
 from schedule
 order by name";
 
+// Locks the name of a schedule, whether there is one or not.
+const LOCK_SCHEDULE_NAME: &str = "\
+select pg_advisory_xact_lock($1, hashtext($2))";
+
 // Lives on: the primary key of schedule.
 const LOCK_SCHEDULE: &str = "\
 select name, schedule, state, version
@@ -66,9 +70,10 @@ for update";
 // Lives on: the primary key of schedule.
 const PUT_SCHEDULE: &str = "\
 insert into schedule (name, schedule, state, version)
-values ($1, $2, $3, $4)
+values ($1, $2, $3, greatest($4, now_micros()))
 on conflict (name) do update
-set schedule = excluded.schedule, state = excluded.state, version = excluded.version";
+set schedule = excluded.schedule, state = excluded.state, version = excluded.version
+returning version";
 
 // Lives on: the primary key of schedule.
 const TURN_SCHEDULE: &str = "\
@@ -90,11 +95,15 @@ pub(super) const STATEMENTS: &[&str] = &[
     PUT_SUBSCRIPTION,
     DELETE_SUBSCRIPTION,
     SCHEDULES,
+    LOCK_SCHEDULE_NAME,
     LOCK_SCHEDULE,
     PUT_SCHEDULE,
     TURN_SCHEDULE,
     DELETE_SCHEDULE,
 ];
+
+/// The class of advisory locks on the names of schedules.
+const LOCK_SCHEDULES: i32 = 0x7075_6d73;
 
 pub(super) async fn subscriptions(store: &Postgres) -> Result<Vec<Subscription>> {
     store
@@ -106,17 +115,6 @@ pub(super) async fn subscriptions(store: &Postgres) -> Result<Vec<Subscription>>
             })
         })
         .await
-}
-
-/// A subscription, unless it cannot be read: one of them must not stop all the others.
-fn readable_subscription(row: &PgRow) -> Option<Subscription> {
-    let read = subscription(row);
-    read.inspect_err(|error| {
-        let topic = row.try_get::<&str, _>("topic").unwrap_or_default();
-        let name = row.try_get::<&str, _>("name").unwrap_or_default();
-        tracing::error!(%topic, %name, %error, "a subscription is left alone, because it cannot be read");
-    })
-    .ok()
 }
 
 pub(super) async fn put_subscription(
@@ -237,6 +235,8 @@ async fn put_one_schedule(
     next_at: Option<Timestamp>,
     precondition: &Precondition,
 ) -> Result<PutSchedule, Trouble> {
+    let lock = query(LOCK_SCHEDULE_NAME).bind(LOCK_SCHEDULES).bind(name.as_str());
+    lock.execute(&mut *connection).await?;
     let before = query(LOCK_SCHEDULE).bind(name.as_str()).fetch_optional(&mut *connection).await?;
     let before = before.as_ref().map(record).transpose()?;
     let etag = before.as_ref().map(|before| before.schedule.etag());
@@ -248,7 +248,9 @@ async fn put_one_schedule(
         before.map_or((ScheduleState::default(), 0), |it| (it.state, it.version));
     let (state, version) = (ScheduleState { next_at, ..state }, version + 1);
     let put = query(PUT_SCHEDULE).bind(name.as_str()).bind(json(&schedule));
-    put.bind(json(&state)).bind(version).execute(&mut *connection).await?;
+    // Never one that an earlier schedule of this name had.
+    let put = put.bind(json(&state)).bind(version).fetch_one(&mut *connection).await?;
+    let version = put.try_get("version")?;
     query(COUNT_REVISION).execute(connection).await?;
     let record = ScheduleRecord { name, schedule, state, version };
     Ok(if is_new { PutSchedule::Created(record) } else { PutSchedule::Replaced(record) })

@@ -4,7 +4,6 @@
 //! their keys read once for all of them, and then written with few statements. So a refusal undoes a
 //! part of the plan, and never a row.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
 
 use bytes::Bytes;
@@ -16,7 +15,8 @@ use crate::model::{
 use super::super::columns::{OF_TOPICS, WHILE_PENDING};
 use super::super::{
     Copied, Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Published, Receipt, Refusal,
-    Result, TOPIC_WINDOW, is_new, refusals, topics,
+    Result, TOPIC_WINDOW, is_new, refusals,
+    topics::{self, Incoming},
 };
 use super::desk::{Count, Desk, Held, Queue};
 use super::fault::of_one;
@@ -123,7 +123,7 @@ impl Known {
 struct NewRow<'a> {
     seq: i64,
     queue_id: i64,
-    message: Cow<'a, NewMessage>,
+    message: Incoming<'a>,
     /// Where its payload is, if it is that of others too.
     shared: Option<i64>,
     enqueued_at: i64,
@@ -175,7 +175,7 @@ impl<'a> Plan<'a> {
     /// be read.
     pub(super) fn take_in(&mut self, desk: &mut Desk, message: &'a NewMessage) -> Result<Enqueued> {
         match &message.to {
-            Destination::Queue(queue) => self.take_into(desk, queue, Cow::Borrowed(message), None),
+            Destination::Queue(queue) => self.take_into(desk, queue, Incoming::Sent(message), None),
             Destination::Topic { topic, require_subscribers } => {
                 self.publish(desk, topic, message, *require_subscribers)
             }
@@ -186,7 +186,7 @@ impl<'a> Plan<'a> {
         &mut self,
         desk: &mut Desk,
         queue: &QueueName,
-        message: Cow<'a, NewMessage>,
+        message: Incoming<'a>,
         shared: Option<i64>,
     ) -> Result<Enqueued> {
         let Some(queue) = desk.queues.named(queue).map_err(of_one)? else {
@@ -232,14 +232,15 @@ impl<'a> Plan<'a> {
             duplicate: false,
         };
         for (queue, copy) in copies {
-            let (id, was_there) = match self.take_into(desk, &queue, Cow::Owned(copy), shared) {
-                Ok(Enqueued::New(receipt)) => (receipt.id, false),
-                Ok(Enqueued::Duplicate(receipt)) => (receipt.id, true),
-                refused_or_failed => {
-                    self.undo(desk, mark);
-                    return refused_or_failed;
-                }
-            };
+            let (id, was_there) =
+                match self.take_into(desk, &queue, Incoming::Copy(Box::new(copy)), shared) {
+                    Ok(Enqueued::New(receipt)) => (receipt.id, false),
+                    Ok(Enqueued::Duplicate(receipt)) => (receipt.id, true),
+                    refused_or_failed => {
+                        self.undo(desk, mark);
+                        return refused_or_failed;
+                    }
+                };
             published.copies.push(Copied { queue, id, was_there });
         }
         if let Some(shared) = shared.filter(|id| self.is_used(mark, *id)) {
@@ -307,7 +308,7 @@ impl<'a> Plan<'a> {
         &mut self,
         desk: &mut Desk,
         queue: &Queue,
-        message: Cow<'a, NewMessage>,
+        message: Incoming<'a>,
         shared: Option<i64>,
     ) -> Receipt {
         let now = desk.now;
@@ -429,7 +430,7 @@ values\n",
     row: "(?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
     tail: "
 on conflict (queue_id, key) do update
-set fingerprint = excluded.fingerprint, seq = excluded.seq, id = excluded.id,
+set fingerprint = excluded.fingerprint, answer = excluded.answer, seq = excluded.seq, id = excluded.id,
     enqueued_at = excluded.enqueued_at, deliver_at = excluded.deliver_at,
     expires_at = excluded.expires_at, sweep_at = excluded.sweep_at",
 }]);
@@ -527,6 +528,5 @@ impl NewKey {
 /// The statements of this file.
 pub(super) fn statements() -> impl Iterator<Item = &'static str> {
     let inserts = INSERT_MESSAGES.statements().chain(INSERT_KEYS.statements());
-    let inserts = inserts.chain(INSERT_SHARED.statements());
-    inserts
+    inserts.chain(INSERT_SHARED.statements())
 }

@@ -168,7 +168,9 @@ pub(super) async fn put_schedule(
     let is_new = before.is_none();
     let (state, version) =
         before.map_or((ScheduleState::default(), 0), |it| (it.state, it.version));
-    let (state, version) = (ScheduleState { next_at, ..state }, version + 1);
+    // Never one that an earlier schedule of this name had.
+    let version = (version + 1).max(desk.now);
+    let state = ScheduleState { next_at, ..state };
     query(PUT_SCHEDULE)
         .bind(name.as_str().to_owned())
         .bind(text(&schedule))

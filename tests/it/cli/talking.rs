@@ -178,3 +178,91 @@ async fn an_address_in_use_and_a_file_in_use_are_named() {
     let free = async || run(&[], &["migrate", "--database", &database.url()]).status.success();
     eventually("the file is free again", free).await;
 }
+
+#[tokio::test]
+async fn messages_are_published_taken_and_watched() {
+    let database = Database::sqlite();
+    let server = Process::start(&database, &["--queue", "jobs=pull:"]).await;
+    let put = json!({"queue": "jobs"});
+    server.client().put("/admin/v1/topics/t/subscriptions/jobs", &put).await.expect(201);
+    let published = say(&server, &["publish", "t", "{\"n\": 1}", "--type", "made"]);
+    assert_eq!(published["matched"], 1);
+    let looked = say(&server, &["receive", "jobs", "--verdict", "release"]);
+    assert_eq!((&looked["payload"], &looked["attempt"]), (&json!({"n": 1}), &json!(1)));
+    let taken = say(&server, &["receive", "jobs", "--wait", "5s"]);
+    assert_eq!((&taken["type"], &taken["attempt"]), (&json!("made"), &json!(2)));
+    assert_eq!(tell(&server, &["receive", "jobs"]).stdout, b"", "there is no more");
+    let id = taken["id"].as_str().expect("an id");
+    assert_eq!(server.client().state(id).await, "completed");
+    let (code, said) = fate(&tell(&server, &["publish", "nobody", "x", "--require-subscribers"]));
+    assert!(code == Some(1) && said.contains("no-subscribers"), "{said}");
+    say(&server, &["queues", "put", "done=discard:"]);
+    let waited = say(&server, &["send", "done", "x", "--wait", "10s"]);
+    assert_eq!(waited["state"], "completed");
+}
+
+#[tokio::test]
+async fn many_lines_are_sent_and_what_is_refused_is_named() {
+    let database = Database::sqlite();
+    let server = Process::start(&database, &["--queue", "q=pull:"]).await;
+    let lines = |wrong: bool| {
+        let mut lines = (0..1200).map(|n| format!("{{\"payload\":{n}}}\n")).collect::<Vec<_>>();
+        if wrong {
+            lines[700] = "{\"payload\":1,\"delay\":\"soon\"}\n".to_owned();
+        }
+        lines.concat()
+    };
+    let output = feed(&server, &["send", "q", "--lines", "--key", "import-1"], &lines(false)).await;
+    assert_eq!(output.status.code(), Some(0), "{}", fate(&output).1);
+    let summary: Value = serde_json::from_slice(&output.stdout).expect("a summary");
+    assert_eq!((&summary["sent"], &summary["refused"]), (&json!(1200), &json!(0)));
+    let again = feed(&server, &["send", "q", "--lines", "--key", "import-1"], &lines(false)).await;
+    let summary: Value = serde_json::from_slice(&again.stdout).expect("a summary");
+    assert_eq!((&summary["sent"], &summary["duplicates"]), (&json!(0), &json!(1200)));
+    assert_eq!(server.client().queue("q").await["stats"]["ready"], 1200);
+    let output = feed(&server, &["publish", "t", "--lines"], &lines(true)).await;
+    let (code, said) = fate(&output);
+    assert!(code == Some(1) && said.contains("line 701: "), "{said}");
+}
+
+#[tokio::test]
+async fn whoever_tails_sees_messages_come() {
+    let database = Database::sqlite();
+    let server = Process::start(&database, &["--queue", "q=discard:"]).await;
+    let mut tail = tokio::process::Command::new(env!("CARGO_BIN_EXE_pumphouse"))
+        .args(["tail", "q", "--url", &format!("http://{}", server.address())])
+        .stdout(std::process::Stdio::piped())
+        .kill_on_drop(true)
+        .spawn()
+        .expect("the program can be started");
+    let stdout = tail.stdout.take().expect("it is a pipe");
+    let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(stdout));
+    for number in 0..3 {
+        let id = server.client().send("q", format!("{number}")).await;
+        let line = tokio::time::timeout(std::time::Duration::from_secs(20), lines.next_line());
+        let line = line.await.expect("it comes").expect("it can be read").expect("a line");
+        assert!(line.contains(&id) && line.contains(" q "), "{line}");
+    }
+}
+
+#[test]
+fn a_shell_can_complete_every_command() {
+    for shell in ["bash", "zsh", "fish", "powershell", "elvish"] {
+        let output = run(&[], &["completion", shell]);
+        let script = String::from_utf8(output.stdout).expect("a script is text");
+        assert!(output.status.success() && script.contains("require-subscribers"), "{shell}");
+    }
+}
+
+/// Runs a command that talks to the server, with this on its standard input.
+async fn feed(server: &Process, arguments: &[&str], input: &str) -> Output {
+    let mut command = tokio::process::Command::new(env!("CARGO_BIN_EXE_pumphouse"));
+    command.args(arguments).args(["--url", &format!("http://{}", server.address())]);
+    command.stdin(std::process::Stdio::piped()).stdout(std::process::Stdio::piped());
+    let mut child =
+        command.stderr(std::process::Stdio::piped()).spawn().expect("it can be started");
+    let mut stdin = child.stdin.take().expect("it is a pipe");
+    tokio::io::AsyncWriteExt::write_all(&mut stdin, input.as_bytes()).await.expect("it reads");
+    drop(stdin);
+    child.wait_with_output().await.expect("it ends")
+}

@@ -311,20 +311,6 @@ async fn a_trace_that_is_too_long_costs_the_trace_and_not_the_message() {
 }
 
 #[tokio::test]
-async fn an_event_is_refused_in_every_form() {
-    let scene = Scene::new().await;
-    scene.queue_with("q", json!({"concurrency": {"limit": 0}})).await;
-    let plain = scene.client.message_to("q", "x");
-    let envelope = scene.client.message_to("q", "{\"payload\": 1}");
-    let batch = scene.client.batch("q", "{\"payload\": 2}\n");
-    for request in [plain, envelope.header("content-type", ENVELOPE), batch] {
-        let answer = ask(request.header("ce-id", "1")).await.expect(422);
-        assert_eq!(answer.problem(), "not-available");
-    }
-    assert_eq!(scene.client.all("/v1/messages?queue=q").await.len(), 0);
-}
-
-#[tokio::test]
 async fn a_time_is_no_further_away_than_a_delay_may_be() {
     let scene = Scene::new().await;
     scene.queue_with("q", json!({"concurrency": {"limit": 0}})).await;

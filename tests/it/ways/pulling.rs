@@ -37,6 +37,15 @@ struct Holders {
     stale: usize,
 }
 
+impl Holders {
+    /// Whoever has it by now with a later attempt goes on to hold it.
+    fn let_go(&mut self, id: &str, attempt: u64) {
+        if self.open.get(id).is_some_and(|(open, _)| *open == attempt) {
+            self.open.remove(id);
+        }
+    }
+}
+
 async fn workers_that_die_lose_nothing_and_hold_nothing_together(database: Database) {
     let scene = Scene::on(database).await;
     let settings = json!({"handler": {"kind": "pull"}, "concurrency": {"limit": 2000},
@@ -127,6 +136,10 @@ async fn work(client: &Client, holders: &Mutex<Holders>, seed: u64) {
             json!({"token": lease["token"], "verdict": verdict})
         });
         let settlements = verdicts.collect::<Vec<_>>();
+        // From here on it holds none of them: they may be somebody else's before it has heard so.
+        for lease in leases {
+            holders.lock().unwrap().let_go(&text(lease, "/message/id"), number(lease, "/attempt"));
+        }
         let answer = client.post("/v1/leases/settle", &json!({"settlements": settlements})).await;
         let body = answer.expect(207).json();
         let mut holders = holders.lock().unwrap();
@@ -136,11 +149,6 @@ async fn work(client: &Client, holders: &Mutex<Holders>, seed: u64) {
             let id = text(lease, "/message/id");
             match number(item, "/status") {
                 200 => {
-                    let attempt = number(lease, "/attempt");
-                    // Whoever has it by now holds a later lease.
-                    if holders.open.get(&id).is_some_and(|(open, _)| *open == attempt) {
-                        holders.open.remove(&id);
-                    }
                     if said["verdict"] == "ack" {
                         assert!(holders.done.insert(id), "an ack is written once");
                     }
@@ -406,4 +414,44 @@ async fn a_crowd_that_waits_asks_the_database_no_more_than_one_does() {
     let crowd = statements_a_second(&database, &process, 200).await;
     say!("transactions a second: {nobody:.1} with nobody waiting, {crowd:.1} with 200 long polls");
     assert!(crowd - nobody < 5.0, "{nobody} and {crowd}");
+}
+
+#[tokio::test]
+async fn a_queue_that_gets_another_kind_of_handler_goes_on_with_that() {
+    let scene = Scene::new().await;
+    scene.client.put_queue("jobs", &json!({"handler": {"kind": "pull"}})).await;
+    scene.client.send("jobs", "1").await;
+    let url = scene.receiver.url("/jobs");
+    scene.client.patch_queue("jobs", &json!({"handler": {"kind": "http", "url": url}})).await;
+    scene.receiver.wait_for("/jobs", 1).await;
+    scene.client.post_nothing("/v1/queues/jobs/leases").await.expect_problem(409, "wrong-handler");
+    scene.client.patch_queue("jobs", &json!({"handler": null})).await;
+    let id = scene.client.send("jobs", "2").await;
+    let held = lease(&scene.client, "jobs", json!({"wait": "5s"})).await;
+    assert_eq!((text(&held[0], "/message/id"), number(&held[0], "/attempt")), (id, 1));
+    // Whoever waits while it changes gets nothing.
+    let url = scene.receiver.url("/again");
+    let waits = lease(&scene.client, "jobs", json!({"wait": "3s"}));
+    let changes = async {
+        pass(Duration::from_millis(200)).await;
+        let http = json!({"handler": {"kind": "http", "url": url}});
+        scene.client.patch_queue("jobs", &http).await;
+        scene.client.send("jobs", "3").await
+    };
+    let (held, _) = tokio::join!(waits, changes);
+    assert_eq!(held.len(), 0);
+    scene.receiver.wait_for("/again", 1).await;
+}
+
+#[tokio::test]
+async fn a_rate_limit_is_for_workers_too() {
+    let scene = Scene::new().await;
+    let settings = json!({"handler": {"kind": "pull"}, "rate_limit": {"limit": 1, "period": "1h", "burst": 5}});
+    scene.client.put_queue("jobs", &settings).await;
+    for _ in 0..20 {
+        scene.client.send("jobs", "x").await;
+    }
+    let polls = (0..10).map(|_| lease(&scene.client, "jobs", json!({"max": 5})));
+    let leased = join_all(polls).await.into_iter().map(|leases| leases.len()).sum::<usize>();
+    assert_eq!(leased, 5, "as many as there are tokens, however many ask at once");
 }

@@ -1,0 +1,187 @@
+//! `pumphouse receive` and `pumphouse tail`: takes messages of a queue, or watches them come.
+
+use std::collections::HashSet;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use bytes::Bytes;
+use http::Method;
+use serde_json::{Value, json};
+
+use crate::clock::{Clock, SystemClock};
+use crate::model::QueueName;
+
+use super::client::{Call, PATIENCE, call};
+use super::{Server, print};
+
+/// What to take, and what to say of it.
+#[derive(Debug, clap::Args)]
+pub(super) struct Receive {
+    /// The queue to take from; its handler is of the kind pull
+    #[arg(value_parser = |text: &str| QueueName::parse(text))]
+    queue: QueueName,
+    #[command(flatten)]
+    server: Server,
+    /// At most so many messages
+    #[arg(long, value_name = "NUMBER", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    max: u16,
+    /// How long to wait for the first, at most 60s
+    #[arg(long, value_name = "DURATION", default_value = "0s")]
+    wait: String,
+    /// What to say of each once it is printed
+    #[arg(long, value_name = "VERDICT", default_value = "ack")]
+    verdict: Verdict,
+    /// Go on until interrupted
+    #[arg(long)]
+    follow: bool,
+}
+
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+enum Verdict {
+    /// It is done
+    Ack,
+    /// Put it back untouched: to look at what is there
+    Release,
+    /// Try it again later, as the queue's recovery says
+    Retry,
+    /// Set it aside
+    DeadLetter,
+    /// Drop it
+    Discard,
+}
+
+impl Verdict {
+    fn word(self) -> &'static str {
+        match self {
+            Self::Ack => "ack",
+            Self::Release => "release",
+            Self::Retry => "retry",
+            Self::DeadLetter => "dead_letter",
+            Self::Discard => "discard",
+        }
+    }
+}
+
+/// What to watch.
+#[derive(Debug, clap::Args)]
+pub(super) struct Tail {
+    /// Only messages of this queue
+    #[arg(value_parser = |text: &str| QueueName::parse(text))]
+    queue: Option<QueueName>,
+    #[command(flatten)]
+    server: Server,
+    /// Only messages of this type
+    #[arg(long = "type", value_name = "TYPE")]
+    kind: Option<String>,
+}
+
+/// Takes messages, prints each as a line of JSON, and says then what is to become of it.
+pub(super) async fn receive(receive: Receive) -> Result<()> {
+    let path = format!("/v1/queues/{}/leases", receive.queue);
+    loop {
+        let wait = if receive.follow && receive.wait == "0s" { "20s" } else { &receive.wait };
+        let wanted = json!({"max": receive.max, "wait": wait});
+        let answer = ask(&receive.server, Method::POST, &path, Some(&wanted)).await?;
+        let leases = answer["leases"].as_array().context("the answer has no leases")?;
+        let mut settlements = Vec::new();
+        for lease in leases {
+            let mut message = lease["message"].clone();
+            message["attempt"] = lease["attempt"].clone();
+            // What could not be printed is not settled: its lease runs out, and it comes back.
+            print(&message.to_string())?;
+            settlements.push(json!({"token": lease["token"], "verdict": receive.verdict.word()}));
+        }
+        if !settlements.is_empty() {
+            let said = json!({"settlements": settlements});
+            let heard =
+                ask(&receive.server, Method::POST, "/v1/leases/settle", Some(&said)).await?;
+            let items = heard["items"].as_array().context("the answer has no items")?;
+            let lost = items.iter().filter(|item| item["status"] != 200).count();
+            if lost > 0 {
+                bail!("{lost} of {} could not be settled; they come back", items.len());
+            }
+        }
+        if !receive.follow {
+            return Ok(());
+        }
+    }
+}
+
+/// Prints a line for each message that comes in, until interrupted.
+pub(super) async fn tail(tail: Tail) -> Result<()> {
+    // From now on, by this machine's clock; messages that came in the same second may be shown too.
+    let mut since = SystemClock.now();
+    let mut known = HashSet::<String>::new();
+    loop {
+        let mut path = format!("/v1/messages?limit=200&since={since}");
+        for (name, value) in
+            [("queue", tail.queue.as_ref().map(ToString::to_string)), ("type", tail.kind.clone())]
+        {
+            if let Some(value) = value {
+                let plain = percent_encoding::NON_ALPHANUMERIC;
+                let value = percent_encoding::utf8_percent_encode(&value, plain);
+                path.push_str(&format!("&{name}={value}"));
+            }
+        }
+        let mut come = Vec::new();
+        let mut cursor = String::new();
+        loop {
+            let page = format!("{path}&cursor={cursor}");
+            let page = ask(&tail.server, Method::GET, &page, None).await?;
+            come.extend(page["items"].as_array().context("the answer has no items")?.clone());
+            match page["next"].as_str() {
+                Some(next) => next.clone_into(&mut cursor),
+                None => break,
+            }
+        }
+        come.reverse();
+        let mut seen = HashSet::new();
+        for message in &come {
+            let id = message["id"].as_str().unwrap_or_default().to_owned();
+            if !known.contains(&id) {
+                print(&line(message))?;
+            }
+            seen.insert(id);
+        }
+        // What came a while ago is not asked for again.
+        if let Some(last) = come.last().and_then(|last| last["enqueued_at"].as_str())
+            && let Ok(last) = last.parse::<jiff::Timestamp>()
+        {
+            since = since.max(last.checked_sub(OVERLAP).unwrap_or(last));
+        }
+        known = seen;
+        tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+fn line(message: &Value) -> String {
+    let text = |name: &str| message[name].as_str().unwrap_or("-").to_owned();
+    let kind = message["type"].as_str().or(message["content_type"].as_str()).unwrap_or("-");
+    format!(
+        "{} {} {} {} {} {} bytes",
+        text("enqueued_at"),
+        text("queue"),
+        text("id"),
+        text("state"),
+        kind.escape_debug(),
+        message["size"]
+    )
+}
+
+async fn ask(server: &Server, method: Method, path: &str, body: Option<&Value>) -> Result<Value> {
+    let answer = call(Call {
+        method,
+        base: &server.url,
+        path,
+        headers: vec![("content-type".to_owned(), "application/json".to_owned())],
+        body: body.map(|body| Bytes::from(body.to_string())).unwrap_or_default(),
+        // A wait is at most a minute.
+        patience: PATIENCE + Duration::from_secs(60),
+    });
+    serde_json::from_slice(&answer.await?).context("the server's answer is not JSON")
+}
+
+/// How often is looked for new messages, and how much of what was looked at is looked at again: transactions that were
+/// open then may have been committed since.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+const OVERLAP: Duration = Duration::from_secs(10);
