@@ -77,7 +77,7 @@ pub(crate) async fn a_schedule_is_turned_by_whoever_saw_it_last(stage: Stage) {
     let at = |second| Timestamp::from_second(second).unwrap();
     let put = store.put_schedule(&name, schedule(Missed::Once), Some(at(7)), Precondition::Absent);
     let PutSchedule::Created(made) = put.await.unwrap() else { panic!("it is new") };
-    assert_eq!(store.schedules().await.unwrap(), [made.clone()]);
+    assert_eq!(store.schedules().await.unwrap(), std::slice::from_ref(&made));
     let state = ScheduleState { next_at: Some(at(8)), firings: Vec::new() };
     assert!(store.turn_schedule(&name, made.version, state.clone()).await.unwrap());
     assert!(!store.turn_schedule(&name, made.version, state.clone()).await.unwrap(), "once");

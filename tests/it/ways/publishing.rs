@@ -41,7 +41,8 @@ async fn every_subscriber_gets_every_message_once_over_ten_kills(database: Datab
             json!({"handler": {"kind": "builtin", "name": "discard"}, "recovery": {"max_crashes": 1000}})
         };
         scene.client.put_queue(&name(number), &changes).await;
-        let filter = if number % 2 == 0 { json!({"type": "numbers.even"}) } else { json!({}) };
+        let filter =
+            if number.is_multiple_of(2) { json!({"type": "numbers.even"}) } else { json!({}) };
         let path = format!("/admin/v1/topics/numbers/subscriptions/{}", name(number));
         let put = json!({"queue": name(number), "filter": filter});
         scene.client.put(&path, &put).await.expect(201);
@@ -103,7 +104,7 @@ async fn publish_all(feed: tokio::sync::watch::Receiver<Client>) -> BTreeMap<Str
     for batch in 0..PUBLISHED / BATCH {
         let line = |item| {
             let number = batch * BATCH + item;
-            let kind = if number % 2 == 0 { "numbers.even" } else { "numbers.odd" };
+            let kind = if number.is_multiple_of(2) { "numbers.even" } else { "numbers.odd" };
             format!("{}\n", json!({"payload": payload(number), "type": kind}))
         };
         let lines = (0..BATCH).map(line).collect::<String>();
@@ -117,7 +118,7 @@ async fn publish_all(feed: tokio::sync::watch::Receiver<Client>) -> BTreeMap<Str
                     let body = answer.json();
                     for (place, item) in body["items"].as_array().expect("items").iter().enumerate()
                     {
-                        let even = (batch * BATCH + place) % 2 == 0;
+                        let even = (batch * BATCH + place).is_multiple_of(2);
                         let matched = if even { SUBSCRIBERS } else { SUBSCRIBERS / 2 };
                         assert_eq!(number(item, "/matched"), matched as u64, "{item}");
                         published.insert(text(item, "/published_id"), even);

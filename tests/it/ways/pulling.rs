@@ -127,11 +127,11 @@ async fn work(client: &Client, holders: &Mutex<Holders>, seed: u64) {
                 holders.repeated += usize::from(attempt > 1);
             }
         }
-        if mix(seed + round) % 20 == 0 {
+        if mix(seed + round).is_multiple_of(20) {
             continue; // it hangs: its leases run out
         }
         let verdicts = leases.iter().map(|lease| {
-            let failed = mix(seed ^ number(lease, "/message/payload")) % 50 == 0;
+            let failed = mix(seed ^ number(lease, "/message/payload")).is_multiple_of(50);
             let verdict = if failed { json!("release") } else { json!("ack") };
             json!({"token": lease["token"], "verdict": verdict})
         });
