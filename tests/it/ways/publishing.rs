@@ -102,7 +102,7 @@ async fn every_subscriber_gets_every_message_once_over_ten_kills(database: Datab
 async fn publish_all(feed: tokio::sync::watch::Receiver<Client>) -> BTreeMap<String, bool> {
     let mut published = BTreeMap::new();
     for batch in 0..PUBLISHED / BATCH {
-        let line = |item| {
+        let line = |item: usize| {
             let number = batch * BATCH + item;
             let kind = if number.is_multiple_of(2) { "numbers.even" } else { "numbers.odd" };
             format!("{}\n", json!({"payload": payload(number), "type": kind}))
