@@ -150,6 +150,36 @@ async fn the_page_about_transactions_says_what_is_true() {
     assert_eq!(accounts.len(), 2);
 }
 
+const WAYS: &str = include_str!("../../../docs/ways.md");
+
+#[tokio::test]
+async fn the_page_about_ways_in_and_out_says_what_is_true() {
+    let house = House::open().await;
+    let (mut ran, mut lines) = (0, 0);
+    for block in blocks(WAYS).iter().filter(|block| block.language == "console") {
+        for (command, shown) in commands(&block.text) {
+            let said = house.shell(&command).await;
+            ran += 1;
+            if !shown.trim().is_empty() {
+                lines += 1;
+                assert!(is_said(&said, &shown), "{command}\nsaid {said}\nnot {shown}");
+            }
+        }
+    }
+    assert!(ran >= 16 && lines >= 13, "{ran} commands, {lines} answers");
+    eventually("the answer is sent on", async || {
+        let sent = house.all("/v1/messages?queue=audit&correlation_id=question-1").await;
+        sent.len() == 1 && sent[0]["causation_id"].is_string()
+    })
+    .await;
+    for language in blocks(WAYS).iter().map(|block| block.language.as_str()) {
+        assert!(
+            matches!(language, "console" | "text" | "toml"),
+            "nobody runs blocks of {language}"
+        );
+    }
+}
+
 async fn conversation(house: &House, command: &str, shown: &str) {
     for _ in 0..300 {
         if is_said(&house.shell(command).await, shown)
