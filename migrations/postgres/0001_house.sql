@@ -645,12 +645,13 @@ create function take_one(
                     raise exception 'this idempotency key came before with another request'
                         using errcode = 'invalid_parameter_value', hint = 'Use a new key for a new request.';
                 end if;
-                if first is null then
+                if first.id is null then
                     first := known;
                 end if;
             end if;
         end loop;
-        if first is not null then
+        -- Of a row, `is not null` asks whether no column is null.
+        if first.id is not null then
             -- What was put down for the other keys goes.
             delete from idempotency
             where idempotency.seq = number

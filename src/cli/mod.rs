@@ -266,14 +266,19 @@ pub fn command() -> clap::Command {
 /// Prints a text and a line break; nothing for no text. A reader that has gone, as in
 /// `pumphouse … | head`, is no failure.
 fn print(text: &str) -> Result<()> {
+    show(text).map(|_| ())
+}
+
+/// The same, for those who have to know: false where the reader has gone. What was shown is flushed.
+fn show(text: &str) -> Result<bool> {
     if text.is_empty() {
-        return Ok(());
+        return Ok(true);
     }
     let mut out = io::stdout().lock();
-    let printed = writeln!(out, "{text}").and_then(|()| out.flush());
-    match printed {
-        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error).context("cannot print"),
-        _ => Ok(()),
+    match writeln!(out, "{text}").and_then(|()| out.flush()) {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(false),
+        Err(error) => Err(error).context("cannot print"),
     }
 }
 

@@ -9,10 +9,10 @@ use http::Method;
 use serde_json::{Value, json};
 
 use crate::clock::{Clock, SystemClock};
-use crate::model::QueueName;
+use crate::model::{QueueName, parse_span};
 
 use super::client::{Call, PATIENCE, call};
-use super::{Server, print};
+use super::{Server, show};
 
 /// What to take, and what to say of it.
 #[derive(Debug, clap::Args)]
@@ -78,18 +78,26 @@ pub(super) struct Tail {
 /// Takes messages, prints each as a line of JSON, and says then what is to become of it.
 pub(super) async fn receive(receive: Receive) -> Result<()> {
     let path = format!("/v1/queues/{}/leases", receive.queue);
+    if receive.follow && matches!(receive.verdict, Verdict::Release) {
+        let wrong = "--verdict release cannot be used with --follow: the same messages would come at once, again and again";
+        return Err(super::command().error(clap::error::ErrorKind::ArgumentConflict, wrong).into());
+    }
+    // One that cannot be read is for the server to refuse.
+    let is_zero = parse_span(&receive.wait).is_ok_and(|wait| wait.is_zero());
     loop {
-        let wait = if receive.follow && receive.wait == "0s" { "20s" } else { &receive.wait };
+        let wait = if receive.follow && is_zero { "20s" } else { &receive.wait };
         let wanted = json!({"max": receive.max, "wait": wait});
         let answer = ask(&receive.server, Method::POST, &path, Some(&wanted)).await?;
         let leases = answer["leases"].as_array().context("the answer has no leases")?;
         let mut settlements = Vec::new();
+        let mut is_read = true;
         for lease in leases {
             let mut message = lease["message"].clone();
             message["attempt"] = lease["attempt"].clone();
-            // What could not be printed is not settled: its lease runs out, and it comes back.
-            print(&message.to_string())?;
-            settlements.push(json!({"token": lease["token"], "verdict": receive.verdict.word()}));
+            // What nobody reads is not settled but given back.
+            is_read = is_read && show(&message.to_string())?;
+            let verdict = if is_read { receive.verdict } else { Verdict::Release };
+            settlements.push(json!({"token": lease["token"], "verdict": verdict.word()}));
         }
         if !settlements.is_empty() {
             let said = json!({"settlements": settlements});
@@ -101,7 +109,7 @@ pub(super) async fn receive(receive: Receive) -> Result<()> {
                 bail!("{lost} of {} could not be settled; they come back", items.len());
             }
         }
-        if !receive.follow {
+        if !receive.follow || !is_read {
             return Ok(());
         }
     }
@@ -138,8 +146,8 @@ pub(super) async fn tail(tail: Tail) -> Result<()> {
         let mut seen = HashSet::new();
         for message in &come {
             let id = message["id"].as_str().unwrap_or_default().to_owned();
-            if !known.contains(&id) {
-                print(&line(message))?;
+            if !known.contains(&id) && !show(&line(message))? {
+                return Ok(());
             }
             seen.insert(id);
         }

@@ -93,11 +93,12 @@ impl Watch {
         told.as_mut().enable();
         let mut is_to_be_looked_for = !is_new || self.told.has_ended.load(Ordering::Acquire);
         loop {
-            if is_to_be_looked_for
-                && let Some(found) = self.store.message(self.id).await?
-                && found.0.finished_at.is_some()
-            {
-                return Ok(Some(found));
+            if is_to_be_looked_for {
+                match self.store.message(self.id).await? {
+                    Some(found) if found.0.finished_at.is_some() => return Ok(Some(found)),
+                    Some(_) => (),
+                    None => return Ok(None),
+                }
             }
             is_to_be_looked_for = true;
             let now = Instant::now();

@@ -22,6 +22,8 @@ mod upkeep;
 mod topics;
 mod schedules;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]
+mod published;
+#[cfg(any(feature = "sqlite", feature = "postgres"))]
 mod place;
 mod news;
 #[cfg(any(feature = "sqlite", feature = "postgres"))]

@@ -20,10 +20,6 @@ pub const TOPIC_WINDOW: Duration = Duration::from_secs(24 * 3600);
 /// How many subscriptions a topic has at most.
 pub const SUBSCRIPTIONS_MAX: usize = 1000;
 
-/// From how many bytes on a payload that goes to several queues is kept once for all of them.
-#[cfg(any(feature = "sqlite", feature = "postgres"))]
-const SHARED_FROM: usize = 4096;
-
 /// What became of a message that was published.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Published {
@@ -60,26 +56,6 @@ pub enum PutSubscription {
     NoSuchQueue,
 }
 
-/// A message on its way into one queue: as it was sent, or a copy of what was published. Small, because there are many.
-#[cfg(any(feature = "sqlite", feature = "postgres"))]
-#[derive(Debug, Clone)]
-pub(super) enum Incoming<'a> {
-    Sent(&'a NewMessage),
-    Copy(Box<NewMessage>),
-}
-
-#[cfg(any(feature = "sqlite", feature = "postgres"))]
-impl std::ops::Deref for Incoming<'_> {
-    type Target = NewMessage;
-
-    fn deref(&self) -> &NewMessage {
-        match self {
-            Self::Sent(message) => message,
-            Self::Copy(message) => message,
-        }
-    }
-}
-
 /// The copies of a message for those that want it.
 pub(super) fn copies<'a>(
     message: &NewMessage,
@@ -105,36 +81,4 @@ pub(super) fn key_of(topic: &TopicName, key: &Idempotency) -> Idempotency {
     let mut short = [0; 16];
     short.copy_from_slice(&digest[..16]);
     Idempotency { key: short, ..*key }
-}
-
-/// Whether a payload is kept once for all its copies.
-#[cfg(any(feature = "sqlite", feature = "postgres"))]
-pub(super) fn is_shared(message: &NewMessage, copies: usize) -> bool {
-    copies > 1 && message.body.len() >= SHARED_FROM
-}
-
-/// An answer as it is kept with its key.
-#[cfg(any(feature = "sqlite", feature = "postgres"))]
-#[derive(Debug, Serialize, Deserialize)]
-struct Kept {
-    topic: TopicName,
-    id: MessageId,
-    copies: Vec<Copied>,
-}
-
-#[cfg(any(feature = "sqlite", feature = "postgres"))]
-impl Published {
-    /// As it is kept with its key.
-    pub(super) fn kept(&self) -> String {
-        let Self { topic, id, copies, .. } = self.clone();
-        serde_json::to_string(&Kept { topic, id, copies }).expect("names and ids are always JSON")
-    }
-
-    /// The answer to a repeat, from what was kept.
-    pub(super) fn again(kept: &str) -> sqlx::Result<Self> {
-        let kept = serde_json::from_str::<Kept>(kept);
-        let Kept { topic, id, copies } =
-            kept.map_err(|_| super::columns::unreadable("an answer that was kept is none"))?;
-        Ok(Self { topic, id, copies, duplicate: true })
-    }
 }

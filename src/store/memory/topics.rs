@@ -7,6 +7,7 @@ use crate::model::{
     TopicName,
 };
 
+use super::super::schedules::next_of;
 use super::super::{Precondition, PutSchedule, PutSubscription};
 use super::books::Books;
 
@@ -56,6 +57,7 @@ impl Books {
             return PutSchedule::PreconditionFailed;
         }
         let is_new = before.is_none();
+        let next_at = next_of(before, &schedule, next_at);
         // Never one that an earlier schedule of this name had.
         let version = before.map_or(0, |before| before.version + 1).max(now.as_microsecond());
         let state = before.map(|before| before.state.clone()).unwrap_or_default();

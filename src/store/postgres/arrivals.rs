@@ -9,7 +9,8 @@ use crate::model::{
     Destination, MessageId, NewMessage, QueueName, Subscription, SubscriptionName, TopicName,
 };
 
-use super::super::topics::{self, Incoming};
+use super::super::published::{self, Incoming};
+use super::super::topics;
 use super::super::{Copied, Published};
 use super::fault::unreadable;
 use super::rows;
@@ -101,7 +102,7 @@ pub(super) async fn arrivals<'a>(
         Destination::Topic { topic, require_subscribers } => {
             let wanted = subscriptions.get(topic).into_iter().flatten();
             let copies = topics::copies(message, wanted);
-            let is_shared = topics::is_shared(message, copies.len());
+            let is_shared = published::is_shared(message, copies.len());
             let mut first = None;
             let item = |(queue, copy): (QueueName, NewMessage)| {
                 let place = next();

@@ -13,8 +13,7 @@ use crate::model::{Destination, Idempotency, Leased, NewMessage, QueueName, Repl
 use super::super::columns::OF_TOPICS;
 use super::super::{
     Copied, Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Published, Receipt, Refusal,
-    count_enqueued, is_new, refusals,
-    topics::{self, Incoming},
+    count_enqueued, is_new, published::Incoming, refusals, topics,
 };
 use super::arrivals::{Arrival, Item, Publication, arrivals};
 use super::at_once;

@@ -37,7 +37,7 @@ pub(super) async fn lease(store: &Postgres, claim: Claim) -> Result<Vec<Leased>>
             Ok(More::Perhaps) => (),
             // What others have just taken is of the highest priority; the rest is anybody's.
             Ok(More::No) if matches!(way, Way::InTurn(_)) && all.is_empty() => way = Way::InOrder,
-            Ok(More::No) => break,
+            Ok(More::No | More::NoRoom) => break,
             // What is held by now is handed over, because nobody else knows that it is.
             Err(error) if !all.is_empty() => {
                 let (queue, held) = (&claim.queue, all.len());
@@ -76,6 +76,8 @@ impl Way {
 enum More {
     Perhaps,
     No,
+    /// As much is out as may be.
+    NoRoom,
 }
 
 /// Claims once, and adds to `all` what could be read, before what could not is made a dead letter.
@@ -86,8 +88,11 @@ async fn claim_and_bury(
     all: &mut Vec<Leased>,
 ) -> Result<More> {
     let queue = claim.queue.clone();
-    let Claimed { leased, unreadable, dropped, taken, asked, .. } =
+    let Claimed { leased, unreadable, dropped, taken, asked, is_full, .. } =
         claim_once(store, claim, way).await?;
+    if is_full {
+        return Ok(More::NoRoom);
+    }
     all.extend(leased);
     if !dropped.is_empty() {
         clear_the_way(store, &queue, dropped).await?;
@@ -130,6 +135,8 @@ struct Claimed {
     fair: bool,
     /// Where this claim ended, if it took anything.
     last_lane: Option<i32>,
+    /// Whether nothing was looked for, because as much is out as may be.
+    is_full: bool,
 }
 
 // Lives on: the primary keys of lease, message, queue and dead; see `free_groups`.
@@ -270,6 +277,8 @@ async fn claim_once(store: &Postgres, claim: Claim, way: Way) -> Result<Claimed>
     };
     match (claimed.fair, claimed.last_lane, way) {
         (_, _, Way::Urgent) => (),
+        // Where it has come to holds for the next one.
+        _ if claimed.is_full => (),
         (true, Some(last), _) => drop(store.last_lanes().insert(queue, last)),
         (true, None, _) => drop(store.last_lanes().entry(queue).or_insert(0)),
         (false, _, Way::InTurn(_)) => drop(store.last_lanes().remove(&queue)),
@@ -297,7 +306,7 @@ impl Asking {
         if let Some(most) = claim.out_max {
             claim.max = claim.max.min(room(connection, &claim.queue, most).await?);
             if claim.max == 0 {
-                return Ok(Claimed::default());
+                return Ok(Claimed { is_full: true, ..Claimed::default() });
             }
         }
         let mut statement = query(match self.way {

@@ -9,6 +9,7 @@ use crate::model::{
     TopicName,
 };
 
+use super::super::schedules::next_of;
 use super::super::{Precondition, PutSchedule, PutSubscription, Result};
 use super::Postgres;
 use super::arrivals::readable_subscription;
@@ -244,6 +245,7 @@ async fn put_one_schedule(
         return Ok(PutSchedule::PreconditionFailed);
     }
     let is_new = before.is_none();
+    let next_at = next_of(before.as_ref(), &schedule, next_at);
     let (state, version) =
         before.map_or((ScheduleState::default(), 0), |it| (it.state, it.version));
     let (state, version) = (ScheduleState { next_at, ..state }, version + 1);

@@ -15,8 +15,9 @@ use crate::model::{
 use super::super::columns::{OF_TOPICS, WHILE_PENDING};
 use super::super::{
     Copied, Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Published, Receipt, Refusal,
-    Result, TOPIC_WINDOW, is_new, refusals,
-    topics::{self, Incoming},
+    Result, TOPIC_WINDOW, is_new,
+    published::{self, Incoming},
+    refusals, topics,
 };
 use super::desk::{Count, Desk, Held, Queue};
 use super::fault::of_one;
@@ -224,7 +225,7 @@ impl<'a> Plan<'a> {
             return Ok(Enqueued::Refused(Refusal::NoSubscribers(topic.clone())));
         }
         let mark = self.mark();
-        let shared = topics::is_shared(message, copies.len()).then(|| desk.take_seq());
+        let shared = published::is_shared(message, copies.len()).then(|| desk.take_seq());
         let mut published = Published {
             topic: topic.clone(),
             id: message.id,

@@ -9,6 +9,7 @@ use crate::model::{
     TopicName,
 };
 
+use super::super::schedules::next_of;
 use super::super::{Precondition, PutSchedule, PutSubscription};
 use super::desk::Desk;
 use super::fault::unreadable;
@@ -166,6 +167,7 @@ pub(super) async fn put_schedule(
         return Ok(PutSchedule::PreconditionFailed);
     }
     let is_new = before.is_none();
+    let next_at = next_of(before.as_ref(), &schedule, next_at);
     let (state, version) =
         before.map_or((ScheduleState::default(), 0), |it| (it.state, it.version));
     // Never one that an earlier schedule of this name had.

@@ -2,10 +2,11 @@
 
 use std::collections::BTreeSet;
 
+use http::Method;
 use pumphouse::telemetry::metrics;
 use serde_json::{Value, json};
 
-use crate::support::client::text;
+use crate::support::client::{ask, text};
 use crate::support::eventually;
 use crate::support::receiver::{Gate, Mood};
 use crate::support::scene::Scene;
@@ -109,10 +110,16 @@ async fn every_metric_is_shown_with_its_help() {
     );
     for body in ["lives", "dies"] {
         let request = scene.client.message_to("q", body).header("Idempotency-Key", body);
-        crate::support::client::ask(request.try_clone().expect("it can be sent twice")).await;
-        crate::support::client::ask(request).await.expect(200);
+        ask(request.try_clone().expect("it can be sent twice")).await;
+        ask(request).await.expect(200);
     }
-    scene.receiver.wait_for("/q", 2).await;
+    let subscription = "/admin/v1/topics/t/subscriptions/q";
+    scene.client.put(subscription, &json!({"queue": "q"})).await.expect(201);
+    for status in [201, 200] {
+        let publish = scene.client.request(Method::POST, "/v1/topics/t/messages").body("lives");
+        ask(publish.header("Idempotency-Key", "published")).await.expect(status);
+    }
+    scene.receiver.wait_for("/q", 3).await;
     let wanted = metrics::ALL.iter().filter(|metric| {
         // These two are counted only when it happens, and a series that never moved is not shown.
         !matches!(metric.name, "pumphouse_messages_expired_total" | "pumphouse_leases_lost_total")

@@ -1,13 +1,17 @@
 //! Promises about leases that are held outside of any process of the house, and about schedules.
 
+use futures::future::join_all;
 use jiff::Timestamp;
 use pumphouse::model::{
     Lease, Missed, Schedule, ScheduleName, ScheduleState, Settlement, State, Ticket, Timetable,
     Token,
 };
 use pumphouse::store::{Attendance, Claim, Precondition, PutSchedule};
+use tokio_util::task::TaskTracker;
 
+use crate::support::postgres::fresh_database;
 use crate::support::stage::{ALL, LONG, SHORT, Stage, claim, replica};
+use crate::support::stores;
 
 pub(crate) async fn what_is_held_outside_is_bounded_and_outlives_its_process(stage: Stage) {
     let queue = stage.queue("jobs").await;
@@ -92,4 +96,35 @@ pub(crate) async fn a_schedule_is_turned_by_whoever_saw_it_last(stage: Stage) {
     assert!(store.delete_schedule(&name).await.unwrap());
     assert!(!store.delete_schedule(&name).await.unwrap());
     assert!(!store.turn_schedule(&name, changed.version, ScheduleState::default()).await.unwrap());
+}
+
+/// Many who ask at the same time, over all these stores on one database, are bounded together.
+async fn those_who_ask_at_once_hold_no_more_than_may_be_out(stages: Vec<Stage>) {
+    let stage = &stages[0];
+    for round in 0..10 {
+        let queue = stage.queue(&format!("jobs-{round}")).await;
+        for body in 0..30 {
+            stage.send_to(&queue, &body.to_string()).await;
+        }
+        let claims = (0..20).map(|number| {
+            let store = stages[number % stages.len()].store.clone();
+            let outside = Claim { out_max: Some(3), ..claim(&queue, 1 + number % 3, LONG) };
+            TaskTracker::new().spawn(async move { store.lease(outside).await.unwrap().len() })
+        });
+        let held = join_all(claims).await.into_iter().map(Result::unwrap).sum::<usize>();
+        assert_eq!((held, stage.depth(&queue).await.leased), (3, 3), "three are out in all");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn those_who_ask_at_once_on_sqlite() {
+    those_who_ask_at_once_hold_no_more_than_may_be_out(vec![stores::sqlite().await]).await;
+}
+
+/// Here over two replicas.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn those_who_ask_at_once_on_postgres() {
+    let url = fresh_database().await;
+    let stages = vec![stores::on_postgres(&url).await, stores::on_postgres(&url).await];
+    those_who_ask_at_once_hold_no_more_than_may_be_out(stages).await;
 }

@@ -33,10 +33,12 @@ async fn every_subscriber_gets_every_message_once_over_ten_kills(database: Datab
     // Of each publish half of the queues want the even ones, and half want all.
     let name = |number: usize| format!("s{number:02}");
     for number in 0..SUBSCRIBERS {
-        // The last one always fails: its handler is not there.
+        // The last one fails all the time: its handler is not there, and it neither waits nor gives up.
         let changes = if number + 1 == SUBSCRIBERS {
             json!({"handler": {"kind": "http", "url": "http://127.0.0.1:1/"},
-                "recovery": {"immediate": 0, "max_attempts": 1000, "backoff": {"base": "1h", "max": "1h"}}})
+                "breaker": null, "rate_limit": {"limit": 50, "period": "1s", "burst": 5},
+                "recovery": {"immediate": 0, "max_attempts": 1000, "max_crashes": 1000,
+                    "backoff": {"base": "100ms", "max": "100ms"}}})
         } else {
             json!({"handler": {"kind": "builtin", "name": "discard"}, "recovery": {"max_crashes": 1000}})
         };
@@ -72,14 +74,25 @@ async fn every_subscriber_gets_every_message_once_over_ten_kills(database: Datab
     for number in 0..SUBSCRIBERS {
         let queue = name(number);
         let mut seen = BTreeMap::<String, usize>::new();
+        let (mut finished, mut failures) = (BTreeMap::<String, usize>::new(), 0);
         for message in scene.client.all(&format!("/v1/messages?queue={queue}")).await {
             *seen.entry(text(&message, "/published_id")).or_default() += 1;
             let failing = number + 1 == SUBSCRIBERS;
             assert_eq!(message["state"] != "completed", failing, "{message}");
+            if message["state"] == "completed" {
+                *finished.entry(text(&message, "/published_id")).or_default() += 1;
+            }
+            failures += message["failures"].as_u64().expect("failures are counted");
         }
         let wanted = published.values().filter(|even| number % 2 == 1 || **even).count();
         assert_eq!(seen.len(), wanted, "{queue} has every message it wants, and no other");
         assert!(seen.values().all(|count| *count == 1), "{queue} has each once");
+        if number + 1 < SUBSCRIBERS {
+            assert_eq!(finished, seen, "{queue} has finished each once");
+            assert_eq!(failures, 0, "{queue} has nothing to do with what fails");
+        } else {
+            assert!(failures > 100 * KILLS / 2, "{queue} went on failing: {failures} times");
+        }
         assert!(seen.keys().all(|id| published.contains_key(id)), "{queue} has what was published");
     }
     // What is kept once for several goes with the last of them.

@@ -20,11 +20,14 @@ on_both! {
     a_stale_token_changes_nothing
     workers_settle_as_handlers_do
     the_gate_bounds_what_is_out
+    groups_and_turns_are_for_workers_too
 }
 
 const MESSAGES: usize = 50_000;
 const WORKERS: usize = 8;
 const LEASE: Duration = Duration::from_secs(2);
+/// By how much the clocks of a database and of a test may differ.
+const MARGIN: Duration = Duration::from_millis(50);
 
 /// What workers hold: for each message who, by the number of the attempt, and until when.
 #[derive(Default)]
@@ -34,10 +37,26 @@ struct Holders {
     done: BTreeSet<String>,
     together: Vec<String>,
     repeated: usize,
+    /// How much was settled too late.
     stale: usize,
+    /// What was refused as too late although the answer was there in time.
+    refused_in_time: Vec<String>,
 }
 
 impl Holders {
+    /// Whoever heard of an earlier attempt only now has no say: a later one is held already.
+    fn hold(&mut self, id: &str, attempt: u64, until: Instant) {
+        if self.open.get(id).is_some_and(|(open, _)| *open > attempt) {
+            return;
+        }
+        let before = self.open.insert(id.to_owned(), (attempt, until));
+        if let Some((earlier, until)) = before
+            && until > Instant::now() + MARGIN
+        {
+            self.together.push(format!("{id}: {earlier} and {attempt}"));
+        }
+    }
+
     /// Whoever has it by now with a later attempt goes on to hold it.
     fn let_go(&mut self, id: &str, attempt: u64) {
         if self.open.get(id).is_some_and(|(open, _)| *open == attempt) {
@@ -58,12 +77,13 @@ async fn workers_that_die_lose_nothing_and_hold_nothing_together(database: Datab
             .expect(207);
     }
     let holders = Arc::new(Mutex::new(Holders::default()));
-    let (tasks, enough) = (TaskTracker::new(), CancellationToken::new());
+    let (tasks, mut workers) = (TaskTracker::new(), Vec::new());
+    let enough = CancellationToken::new();
     let deaths = Arc::new(Mutex::new(0));
     for worker in 0..WORKERS as u64 {
         let (client, holders, enough) = (scene.client.clone(), holders.clone(), enough.clone());
         let deaths = deaths.clone();
-        tasks.spawn(async move {
+        workers.push(tasks.spawn(async move {
             for life in 0.. {
                 if enough.is_cancelled() {
                     return;
@@ -75,22 +95,28 @@ async fn workers_that_die_lose_nothing_and_hold_nothing_together(database: Datab
                     *deaths.lock().unwrap() += 1;
                 }
             }
-        });
+        }));
     }
     let left = async || {
         let stats = scene.client.queue("jobs").await["stats"].clone();
         let states = ["ready", "scheduled", "in_flight", "dead"];
         states.iter().map(|state| number(&stats, &format!("/{state}"))).sum::<u64>()
     };
-    eventually_within("all are settled", Duration::from_secs(240), async || left().await == 0)
-        .await;
+    // Whoever ends before it is told to has met what must not be, and says so when it is waited for.
+    eventually_within("all are settled", Duration::from_secs(240), async || {
+        workers.iter().any(|worker| worker.is_finished()) || left().await == 0
+    })
+    .await;
     enough.cancel();
-    tasks.close();
-    tasks.wait().await;
+    for worker in workers {
+        worker.await.expect("every worker lives, and dies, as it is meant to");
+    }
     let completed = scene.client.all("/v1/messages?queue=jobs&state=completed").await;
     assert_eq!(completed.len(), MESSAGES, "every message is done");
     let holders = holders.lock().unwrap();
     assert_eq!(holders.together, Vec::<String>::new(), "no message is held twice at a time");
+    let early = &holders.refused_in_time;
+    assert_eq!(*early, Vec::<String>::new(), "what is settled in time is not too late");
     let deaths = *deaths.lock().unwrap();
     say!(
         "{MESSAGES} messages, {WORKERS} workers, {deaths} deaths, {} repeated, {} stale",
@@ -118,12 +144,7 @@ async fn work(client: &Client, holders: &Mutex<Holders>, seed: u64) {
                 let id = text(lease, "/message/id");
                 let attempt = number(lease, "/attempt");
                 // Counted from before it was asked for: then it is over for certain.
-                let before = holders.open.insert(id.clone(), (attempt, asked + LEASE));
-                if let Some((earlier, until)) = before
-                    && until > Instant::now() + Duration::from_millis(50)
-                {
-                    holders.together.push(format!("{id}: {earlier} and {attempt}"));
-                }
+                holders.hold(&id, attempt, asked + LEASE);
                 holders.repeated += usize::from(attempt > 1);
             }
         }
@@ -141,6 +162,7 @@ async fn work(client: &Client, holders: &Mutex<Holders>, seed: u64) {
             holders.lock().unwrap().let_go(&text(lease, "/message/id"), number(lease, "/attempt"));
         }
         let answer = client.post("/v1/leases/settle", &json!({"settlements": settlements})).await;
+        let answered = Instant::now();
         let body = answer.expect(207).json();
         let mut holders = holders.lock().unwrap();
         for ((lease, said), item) in
@@ -153,7 +175,12 @@ async fn work(client: &Client, holders: &Mutex<Holders>, seed: u64) {
                         assert!(holders.done.insert(id), "an ack is written once");
                     }
                 }
-                409 => holders.stale += 1,
+                409 => {
+                    holders.stale += 1;
+                    if answered + MARGIN < asked + LEASE {
+                        holders.refused_in_time.push(id);
+                    }
+                }
                 other => panic!("{other}: {item}"),
             }
         }
@@ -365,20 +392,53 @@ async fn a_worker_that_goes_away_while_it_waits_gets_nothing() {
     assert_eq!(number(&held[0], "/attempt"), 1, "those who had gone took nothing");
 }
 
-#[tokio::test]
-async fn groups_and_turns_are_for_workers_too() {
-    let scene = Scene::new().await;
-    scene.client.put_queue("jobs", &json!({"handler": {"kind": "pull"}})).await;
+async fn groups_and_turns_are_for_workers_too(database: Database) {
+    let scene = Scene::on(database).await;
+    let client = &scene.client;
+    client.put_queue("jobs", &json!({"handler": {"kind": "pull"}})).await;
     for number in 0..3 {
-        scene.client.send_envelope("jobs", &json!({"payload": number, "group": "g"})).await;
+        client.send_envelope("jobs", &json!({"payload": number, "group": "g"})).await;
     }
     for number in 0..3 {
-        let held = lease(&scene.client, "jobs", json!({"max": 10, "wait": "5s"})).await;
+        let held = lease(client, "jobs", json!({"max": 10, "wait": "5s"})).await;
         assert_eq!(held.len(), 1, "one of a group at a time");
         assert_eq!(held[0]["message"]["payload"], json!(number));
-        settle(&scene.client, json!({"token": held[0]["token"], "verdict": "ack"})).await;
+        settle(client, json!({"token": held[0]["token"], "verdict": "ack"})).await;
     }
+    // More workers wait than the gate lets in, and one key has a backlog.
+    let settings = json!({"handler": {"kind": "pull"}, "concurrency": {"limit": 2}});
+    client.put_queue("crowd", &settings).await;
+    for (key, count) in [("a", 30), ("b", 5)] {
+        for _ in 0..count {
+            client.send_envelope("crowd", &json!({"payload": key, "fairness_key": key})).await;
+        }
+    }
+    let held = lease(client, "crowd", json!({"max": 2})).await;
+    assert_eq!(held.len(), 2, "the gate is full");
+    let came = Mutex::new(held.iter().map(|it| text(it, "/message/payload")).collect::<Vec<_>>());
+    let enough = || came.lock().unwrap().len() >= TURNS;
+    let workers = join_all((0..3).map(async |_| {
+        while !enough() {
+            for lease in lease(client, "crowd", json!({"max": 1, "wait": "2s"})).await {
+                came.lock().unwrap().push(text(&lease, "/message/payload"));
+                settle(client, json!({"token": lease["token"], "verdict": "ack"})).await;
+            }
+        }
+    }));
+    let frees = async {
+        pass(Duration::from_millis(200)).await;
+        for lease in &held {
+            settle(client, json!({"token": lease["token"], "verdict": "ack"})).await;
+        }
+    };
+    tokio::join!(workers, frees);
+    let came = came.into_inner().unwrap();
+    let of_b = came[..TURNS].iter().filter(|key| *key == "b").count();
+    assert_eq!(of_b, 5, "they take turns: {came:?}");
 }
+
+/// How many leases two keys that take turns need for five of the second, and a few for those who ask at once.
+const TURNS: usize = 14;
 
 /// How often the database is asked by so many that wait, in a second.
 async fn statements_a_second(database: &Database, process: &Process, polls: usize) -> f64 {
