@@ -92,13 +92,19 @@ fn is_over_limit(error: &(dyn StdError + 'static)) -> bool {
 /// Reads the JSON body of a request that carries settings or an order, not messages.
 pub(super) async fn read_json<T: DeserializeOwned>(request: Request) -> Result<T, Problem> {
     let (parts, body) = request.into_parts();
-    let media_type = media_type(&parts.headers);
+    is_json(&parts.headers)?;
+    json(&read(&parts.headers, body, SETTINGS_MAX).await?)
+}
+
+/// Refuses what says of itself that it is no JSON.
+pub(super) fn is_json(headers: &HeaderMap) -> Result<(), Problem> {
+    let media_type = media_type(headers);
     if !media_type.is_empty() && media_type != "application/json" && !media_type.ends_with("+json")
     {
         let detail = format!("this takes application/json, not {media_type}");
         return Err(Problem::new(problem::MEDIA_TYPE, detail));
     }
-    json(&read(&parts.headers, body, SETTINGS_MAX).await?)
+    Ok(())
 }
 
 /// The same where no body stands for an empty object.

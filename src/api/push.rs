@@ -11,10 +11,10 @@ use crate::model::{Handler, Invalid, NewMessage, PushHandler, QueueName, QueueSe
 use crate::store::{Precondition, PutQueue};
 
 use super::Doors;
-use super::body::read;
+use super::body::{Query, read};
 use super::envelope::{self, PayloadBody};
 use super::problem::{self, Problem};
-use super::sending::{ReceiptBody, send};
+use super::sending::{ReceiptBody, SendQuery, SettledOrReceipt, send};
 
 pub(super) fn routes() -> OpenApiRouter<Doors> {
     OpenApiRouter::new().routes(routes!(push_message))
@@ -70,14 +70,20 @@ impl Allowed {
 /// and recovery; `push` without it, which is made when it is first needed). All other options are as for any message. Off,
 /// unless `push_allow` names the destination's host.
 #[utoipa::path(post, path = "/v1/push", tag = "sending",
-    params(("Pumphouse-Url" = String, Header, description = "Where it is posted: http or https"),
+    params(SendQuery, ("Pumphouse-Url" = String, Header, description = "Where it is posted: http or https"),
         ("Pumphouse-Queue" = Option<String>, Header, description = "Through which queue"),
         ("Idempotency-Key" = Option<String>, Header, description = "Quoted or bare, at most 255 characters")),
     request_body(content = PayloadBody, content_type = "application/octet-stream"),
     responses(
         (status = 201, description = "Committed", body = ReceiptBody),
-        (status = 200, description = "The same request came before; this was its answer", body = ReceiptBody)))]
-async fn push_message(State(doors): State<Doors>, request: Request) -> Result<Response, Problem> {
+        (status = 202, description = "Committed, and not settled in the time to wait", body = ReceiptBody),
+        (status = 200, description = "The same request came before, and this was its answer; or, with `wait`, the message, which is settled", body = SettledOrReceipt)))]
+async fn push_message(
+    State(doors): State<Doors>,
+    Query(query): Query<SendQuery>,
+    request: Request,
+) -> Result<Response, Problem> {
+    let wait = query.wait()?;
     doors.refuse_while_draining()?;
     if doors.push_allowed().is_off() {
         let detail =
@@ -104,7 +110,7 @@ async fn push_message(State(doors): State<Doors>, request: Request) -> Result<Re
     let mut message = NewMessage::new(queue, body.clone());
     message.details.url = Some(url);
     let message = envelope::pushed(message, &parts.headers, &body)?;
-    send(&doors, message, None).await
+    send(&doors, message, wait).await
 }
 
 fn url_of(headers: &HeaderMap) -> Result<Url, Problem> {

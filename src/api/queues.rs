@@ -395,7 +395,7 @@ pub(super) fn precondition(headers: &HeaderMap) -> Result<Precondition, Problem>
 }
 
 pub(super) fn precondition_failed() -> Problem {
-    let detail = "the queue is not what the precondition says; GET it and try again with its ETag";
+    let detail = "it is not what the precondition says; GET it and try again with its ETag";
     Problem::new(problem::PRECONDITION, detail)
 }
 

@@ -21,7 +21,7 @@ use crate::policy::Times;
 use crate::store::{Precondition, PutSchedule};
 
 use super::Doors;
-use super::body::{Path, json, parse, read, read_json_or_default};
+use super::body::{Path, is_json, json, parse, read, read_json_or_default};
 use super::envelope::EnvelopeBody;
 use super::lasting::Lasting;
 use super::messages::Nothing;
@@ -254,6 +254,7 @@ async fn put_schedule(
     let name = ScheduleName::parse(&name)?;
     let wanted = precondition(request.headers())?;
     let (parts, body) = request.into_parts();
+    is_json(&parts.headers)?;
     let body = read(&parts.headers, body, SCHEDULE_BYTES_MAX).await?;
     let schedule = json::<SchedulePut>(&body)?.into_schedule()?;
     doors.check_target(&schedule).await?;
@@ -274,6 +275,7 @@ async fn patch_schedule(
     let name = ScheduleName::parse(&name)?;
     let wanted = precondition(request.headers())?;
     let (parts, body) = request.into_parts();
+    is_json(&parts.headers)?;
     let body = read(&parts.headers, body, SCHEDULE_BYTES_MAX).await?;
     let patch = json::<std::collections::BTreeMap<String, Box<RawValue>>>(&body)?;
     let record = doors.schedule(&name).await?;

@@ -7,6 +7,7 @@ use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use http::{HeaderMap, HeaderValue, StatusCode, header};
+use serde::de::IgnoredAny;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use utoipa_axum::router::OpenApiRouter;
@@ -82,9 +83,15 @@ impl From<&Published> for PublishedBody {
 #[derive(Debug, Default, Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
-struct SendQuery {
+pub(super) struct SendQuery {
     /// How long to wait for the message to be settled, as in `30s`; at most 60s.
     wait: Option<String>,
+}
+
+impl SendQuery {
+    pub(super) fn wait(&self) -> Result<Option<Duration>, Problem> {
+        self.wait.as_deref().map(wait_of).transpose()
+    }
 }
 
 #[derive(Debug, Default, Deserialize, IntoParams)]
@@ -130,7 +137,7 @@ async fn post_message(
     request: Request,
 ) -> Result<Response, Problem> {
     let queue = QueueName::parse(&queue)?;
-    let wait = query.wait.as_deref().map(wait_of).transpose()?;
+    let wait = query.wait()?;
     let to = Destination::Queue(queue);
     match one(&doors, &to, &request_id, request, wait.is_some()).await? {
         Came::Message(message) => send(&doors, *message, wait).await,
@@ -169,7 +176,7 @@ async fn publish_message(
 #[derive(ToSchema)]
 #[serde(untagged)]
 #[expect(dead_code, reason = "only its description is used")]
-enum SettledOrReceipt {
+pub(super) enum SettledOrReceipt {
     Settled(Box<messages::MessageBody>),
     Receipt(ReceiptBody),
 }
@@ -205,6 +212,7 @@ async fn one(
     let message = if media_type == ENVELOPE {
         one_envelope(to, headers, &body)?
     } else if media_type == event {
+        let _: IgnoredAny = json(&body)?;
         let event = Event::from_json(text(&body)?)?;
         with_key(envelope::from_event(to, headers, event)?, headers, &body)?
     } else if envelope::is_event(headers) {
