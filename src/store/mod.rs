@@ -51,7 +51,6 @@ use crate::model::{
 };
 
 use counting::count_enqueued;
-#[cfg(any(feature = "sqlite", feature = "postgres"))]
 use error::not_sent;
 pub use error::{Cause, Error, Result};
 pub(crate) use error::{check, why};
