@@ -68,15 +68,16 @@ pub(crate) async fn what_is_held_is_known_by_its_ticket(stage: Stage) {
 
 pub(crate) async fn a_schedule_is_turned_by_whoever_saw_it_last(stage: Stage) {
     let name = ScheduleName::parse("nightly").unwrap();
-    let schedule = |missed| Schedule {
+    let at_hour = |hour, missed| Schedule {
         timetable: Timetable::Cron {
-            expression: "0 3 * * *".to_owned(),
+            expression: format!("0 {hour} * * *"),
             time_zone: "Europe/Berlin".to_owned(),
         },
         message: serde_json::from_str(r#"{"queue": "a", "payload": {"n":  1}}"#).unwrap(),
         missed,
         paused: false,
     };
+    let schedule = |missed| at_hour(3, missed);
     let store = &stage.store;
     let at = |second| Timestamp::from_second(second).unwrap();
     let put = store.put_schedule(&name, schedule(Missed::Once), Some(at(7)), Precondition::Absent);
@@ -88,9 +89,18 @@ pub(crate) async fn a_schedule_is_turned_by_whoever_saw_it_last(stage: Stage) {
     let turned = store.schedules().await.unwrap().remove(0);
     assert_eq!((turned.state, turned.schedule), (state, schedule(Missed::Once)));
     let etag = Precondition::Matches(made.schedule.etag());
-    let put = store.put_schedule(&name, schedule(Missed::Skip), None, etag.clone());
+    // Who says the same about when does not forget what is due.
+    let put = store.put_schedule(&name, schedule(Missed::Skip), Some(at(9)), etag.clone());
     let PutSchedule::Replaced(changed) = put.await.unwrap() else { panic!("it was there") };
-    assert!(changed.version > turned.version && changed.state.next_at.is_none());
+    assert!(changed.version > turned.version && changed.state.next_at == Some(at(8)));
+    let later = at_hour(4, Missed::Skip);
+    let put = store.put_schedule(&name, later.clone(), Some(at(9)), Precondition::None);
+    let PutSchedule::Replaced(moved) = put.await.unwrap() else { panic!("it was there") };
+    assert_eq!(moved.state.next_at, Some(at(9)));
+    let put =
+        store.put_schedule(&name, Schedule { paused: true, ..later }, None, Precondition::None);
+    let PutSchedule::Replaced(changed) = put.await.unwrap() else { panic!("it was there") };
+    assert!(changed.version > moved.version && changed.state.next_at.is_none());
     let put = store.put_schedule(&name, schedule(Missed::Once), None, etag);
     assert_eq!(put.await.unwrap(), PutSchedule::PreconditionFailed);
     assert!(store.delete_schedule(&name).await.unwrap());
