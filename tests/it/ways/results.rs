@@ -115,7 +115,8 @@ const WORK: Duration = Duration::from_millis(50);
 
 /// When a message was settled, as the store has it.
 async fn settled(scene: &Scene, id: &str) -> Timestamp {
-    crate::support::eventually("it is done", async || scene.client.state(id).await == "done").await;
+    crate::support::eventually("it is done", async || scene.client.state(id).await == "completed")
+        .await;
     text(&scene.client.message(id).await, "/finished_at").parse().expect("it is a time")
 }
 
