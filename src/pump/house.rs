@@ -25,7 +25,7 @@ use super::QueuePump;
 use super::care::Care;
 use super::ceiling::Ceiling;
 use super::embed::Queue;
-use super::keeper;
+use super::keeper::{self, Calls};
 use super::outcomes::Outcomes;
 use super::round;
 
@@ -122,6 +122,7 @@ pub(super) struct House {
     pub(super) ceiling: Arc<Ceiling>,
     pub(super) care: Arc<Care>,
     pub(super) outcomes: Arc<Outcomes>,
+    pub(super) calls: Calls,
     known: Mutex<Known>,
     pumps: Mutex<BTreeMap<QueueName, Arc<QueuePump>>>,
     /// Pumps of queues that were deleted while something of them was open. Locked after `pumps`.
@@ -367,6 +368,7 @@ impl Builder {
             ceiling: Ceiling::new(CEILING_DEFAULT),
             care: Arc::default(),
             outcomes: Arc::default(),
+            calls: Calls::default(),
             known: Mutex::new(known),
             pumps: Mutex::default(),
             gone: Mutex::default(),
@@ -398,11 +400,9 @@ async fn declare(store: &dyn Store, queue: &Queue) -> store::Result<()> {
 
 impl House {
     fn spawn_upkeep(self: &Arc<Self>) {
-        let store = || (Arc::clone(&self.store), self.leaving.clone());
-        let (a, b, c) = (store(), store(), store());
-        self.tasks.spawn(keeper::keep_schedule(a.0, a.1));
-        self.tasks.spawn(keeper::take_back_leases(b.0, b.1));
-        self.tasks.spawn(keeper::sweep(c.0, c.1));
+        self.tasks.spawn(keeper::keep_schedule(Arc::clone(self)));
+        self.tasks.spawn(keeper::take_back_leases(Arc::clone(self)));
+        self.tasks.spawn(keeper::sweep(Arc::clone(self)));
         self.tasks.spawn(Arc::clone(self).keep_in_line());
         self.tasks.spawn(Arc::clone(self).mind_own_silence());
         self.tasks.spawn(Arc::clone(self).keep_schedules());

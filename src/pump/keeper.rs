@@ -1,66 +1,102 @@
 //! What has to be done from time to time: due messages made ready, lost leases taken back, old rows forgotten.
 //!
+//! Each report of this process sees whether there is anything to do, and calls for it; so a store in which nothing happens
+//! is asked once a second and not by each.
+//!
 //! Every replica does it, without a leader: two that meet at one row do no harm, because each step is one
 //! transaction that takes what is free.
 
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio_util::sync::CancellationToken;
+use tokio::sync::Notify;
 
-use crate::store::{self, Store, Swept};
+use crate::store::{self, Chores, Swept};
 use crate::telemetry::metrics;
 
+use super::house::House;
 use super::shares::count_reaped;
 
+/// Those who keep the store in order are called here.
+#[derive(Debug, Default)]
+pub(super) struct Calls {
+    due: Notify,
+    lost: Notify,
+    past: Notify,
+}
+
+impl Calls {
+    /// Calls for what is to do. Who is just at it looks once more.
+    pub(super) fn call(&self, chores: Chores) {
+        let Chores { due, lost, past } = chores;
+        for (wanted, call) in [(due, &self.due), (lost, &self.lost), (past, &self.past)] {
+            if wanted {
+                call.notify_one();
+            }
+        }
+    }
+}
+
 /// Makes ready what comes due, in time: asks when the next is due, and sleeps until then.
-pub(super) async fn keep_schedule(store: Arc<dyn Store>, leaving: CancellationToken) {
+pub(super) async fn keep_schedule(house: Arc<House>) {
+    let store = &house.store;
     let mut news = store.news().of_schedule();
     loop {
         news.mark_unchanged(); // before looking, so that nothing slips in between
         let wait = match store.promote(BATCH).await {
             Ok(promoted) if promoted.count >= BATCH => Duration::ZERO,
-            Ok(promoted) => promoted.next.map_or(LOOK_EVERY, |next| next.min(LOOK_EVERY)),
+            Ok(promoted) => promoted.next.map_or(UNCALLED_MAX, |next| next.min(UNCALLED_MAX)),
             Err(error) => complain("cannot make ready what is due", &error),
         };
-        let wait = tokio::time::timeout(wait.max(SHORTEST), news.changed());
-        if leaving.run_until_cancelled(wait).await.is_none() {
+        let told = async {
+            tokio::select! {
+                _ = news.changed() => (),
+                () = house.calls.due.notified() => (),
+            }
+        };
+        if !wait_for(told, wait.max(SHORTEST), &house).await {
             return;
         }
     }
 }
 
 /// Takes back leases that have run out.
-pub(super) async fn take_back_leases(store: Arc<dyn Store>, leaving: CancellationToken) {
+pub(super) async fn take_back_leases(house: Arc<House>) {
     loop {
-        let wait = match store.reap(BATCH).await {
+        let wait = match house.store.reap(BATCH).await {
             Ok(reaped) => {
                 count_reaped(&reaped);
-                if reaped.len() >= BATCH { Duration::ZERO } else { REAP_EVERY }
+                if reaped.len() >= BATCH { Duration::ZERO } else { UNCALLED_MAX }
             }
             Err(error) => complain("cannot take back leases", &error),
         };
-        if leaving.run_until_cancelled(tokio::time::sleep(wait)).await.is_none() {
+        if !wait_for(house.calls.lost.notified(), wait, &house).await {
             return;
         }
     }
 }
 
 /// Expires and deletes what nobody needs any more, a little at a time.
-pub(super) async fn sweep(store: Arc<dyn Store>, leaving: CancellationToken) {
+pub(super) async fn sweep(house: Arc<House>) {
     loop {
-        let wait = match store.sweep(BATCH).await {
+        let wait = match house.store.sweep(BATCH).await {
             Ok(swept) => {
                 count_expired(&swept);
                 // Breathes between batches, so that a large clean-up does not hold back the messages.
-                if swept.more { Duration::from_millis(20) } else { SWEEP_EVERY }
+                if swept.more { Duration::from_millis(20) } else { UNCALLED_MAX }
             }
             Err(error) => complain("cannot sweep", &error),
         };
-        if leaving.run_until_cancelled(tokio::time::sleep(wait)).await.is_none() {
+        if !wait_for(house.calls.past.notified(), wait, &house).await {
             return;
         }
     }
+}
+
+/// Waits for a call, and no longer than so; `false` where this process leaves.
+async fn wait_for(call: impl Future<Output = ()>, wait: Duration, house: &House) -> bool {
+    let called = tokio::time::timeout(wait, call);
+    house.leaving.run_until_cancelled(called).await.is_some()
 }
 
 fn count_expired(swept: &Swept) {
@@ -77,15 +113,13 @@ fn count_expired(swept: &Swept) {
 /// Logs what went wrong, and says how long to wait before trying again.
 fn complain(what: &'static str, error: &store::Error) -> Duration {
     tracing::warn!(error = error as &dyn std::error::Error, "{what}; trying again");
-    LOOK_EVERY
+    TRY_AGAIN_AFTER
 }
 
 /// How many rows one step takes.
 const BATCH: usize = 500;
-/// How often the schedule is looked at although nothing is known to be due: another replica may have
-/// scheduled something and gone.
-const LOOK_EVERY: Duration = Duration::from_secs(1);
+/// How long it goes on without a call: whoever reports, or the report itself, may fail.
+const UNCALLED_MAX: Duration = Duration::from_secs(30);
+const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// The shortest sleep, so that a clock that stands still does not make a busy loop.
 const SHORTEST: Duration = Duration::from_millis(1);
-const REAP_EVERY: Duration = Duration::from_secs(1);
-const SWEEP_EVERY: Duration = Duration::from_secs(1);

@@ -44,6 +44,7 @@ impl House {
         self.heard(asked);
         self.known().clock = Some((attended.now, asked));
         count_reaped(&attended.reaped);
+        self.calls.call(attended.chores);
         let replicas = attended.replicas.len().max(1);
         let mut waiting = false;
         for ((pump, want), share) in pumps.iter().zip(&wants).zip(&attended.shares) {

@@ -67,7 +67,7 @@ pub use schedules::PutSchedule;
 #[cfg(feature = "sqlite")]
 pub use sqlite::Sqlite;
 pub use topics::{Copied, Published, PutSubscription, SUBSCRIPTIONS_MAX, TOPIC_WINDOW};
-pub use upkeep::{Attendance, Attended, Promoted, Reaped, Swept, Want};
+pub use upkeep::{Attendance, Attended, Chores, Promoted, Reaped, Swept, Want};
 
 /// What a store promises. See the [module](self) for what holds for every method.
 #[async_trait]

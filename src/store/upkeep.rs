@@ -86,6 +86,22 @@ impl Want {
     }
 }
 
+/// What is to do in a store, as far as a report saw: whatever is not said here needs no look for a while.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Chores {
+    /// Something that was scheduled is due: see [`Store::promote`](super::Store::promote).
+    pub due: bool,
+    /// Leases have run out: see [`Store::reap`](super::Store::reap).
+    pub lost: bool,
+    /// Something is past its time, or left to be cleared away: see [`Store::sweep`](super::Store::sweep).
+    pub past: bool,
+}
+
+impl Chores {
+    /// Of a store that does not look before, because it does them as easily as it looks.
+    pub(super) const ALL: Self = Self { due: true, lost: true, past: true };
+}
+
 /// What a process may do until it reports again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Attended {
@@ -95,6 +111,8 @@ pub struct Attended {
     pub reaped: Vec<Reaped>,
     /// The names of the processes that are alive, this one too.
     pub replicas: Vec<ReplicaName>,
+    /// What is to do now.
+    pub chores: Chores,
     /// A number that changes whenever a queue or the pump is changed.
     pub revision: i64,
     /// What the store's clock says.

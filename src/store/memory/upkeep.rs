@@ -7,7 +7,7 @@ use jiff::Timestamp;
 
 use crate::model::{DeliveryRecord, ErrorKind, OnExpiry, Outcome, QueueName, State};
 
-use super::super::{Attendance, Attended, EXPIRED, Promoted, Reaped, Swept};
+use super::super::{Attendance, Attended, Chores, EXPIRED, Promoted, Reaped, Swept};
 use super::books::{Books, Hold, Row, after, since};
 
 impl Books {
@@ -75,6 +75,7 @@ impl Books {
             shares: attendance.wants.iter().map(|want| share(want.of_one())).collect(),
             reaped: Vec::new(),
             replicas: present.into_iter().collect(),
+            chores: Chores::ALL,
             revision: self.revision,
             now,
         }

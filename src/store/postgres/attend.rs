@@ -2,7 +2,8 @@
 //!
 //! Shares are written by one replica at a time, under one lock. Each writes what it will have open at
 //! most, and takes no more than what the others have left; so the sum of what is written never exceeds
-//! a limit, but for deliveries that were open before the limit became smaller.
+//! a limit, but for deliveries that were open before the limit became smaller. Who finds nothing changed writes
+//! nothing of that: see `look.rs`.
 
 use std::collections::HashMap;
 
@@ -12,8 +13,9 @@ use crate::model::ReplicaName;
 
 use super::super::{Attendance, Attended, Reaped, Result};
 use super::Postgres;
-use super::fault::{Trouble, unreadable};
+use super::fault::Trouble;
 use super::groups::{blocks, free_groups};
+use super::look::{Look, look, replica, still_here};
 use super::news::Word;
 use super::rows;
 use super::upkeep::{counts, take_back, taken_back, word};
@@ -77,12 +79,6 @@ on conflict (queue_id, replica) do update
 set slots = excluded.slots, able = excluded.able
 where (share.slots, share.able) <> (excluded.slots, excluded.able)";
 
-// Lives on: the primary key of pump.
-const REVISION: &str = "\
-select revision, now_micros() as now
-from pump
-where id = 1";
-
 // Lives on: lease_holder, one step for each holder; the primary key of replica; see `take_back`.
 // A holder that has never reported itself (incarnation 0) is known to nobody and judged by time alone.
 const TAKE_BACK: &str = take_back!(
@@ -145,48 +141,51 @@ from taken
 group by queue_id";
 
 /// The statements of this file.
-pub(super) const STATEMENTS: &[&str] = &[
-    TAKE_SENT,
-    ENTER,
-    REPORT,
-    LEAVE,
-    FORGET_DEAD,
-    ALIVE,
-    GIVE_UP_SHARES,
-    TAKEN,
-    TAKE,
-    REVISION,
-    TAKE_BACK,
-];
+pub(super) const STATEMENTS: &[&str] =
+    &[TAKE_SENT, ENTER, REPORT, LEAVE, FORGET_DEAD, ALIVE, GIVE_UP_SHARES, TAKEN, TAKE, TAKE_BACK];
 
 pub(super) async fn attend(store: &Postgres, attendance: Attendance) -> Result<Attended> {
     // Before it is written, so that no lease is taken in the name of an earlier start of this process.
     store.pumps.incarnations.remember(&attendance);
     let leaving = attendance.leaving;
-    let mut attended = store
-        .hands
-        .transact(move |connection| {
-            let attendance = attendance.clone();
-            Box::pin(async move { report(connection, &attendance).await })
-        })
-        .await?;
-    if !leaving {
-        attended.reaped = take_back_all(store).await?;
-        if let Err(error) = hear_of_sent(store).await {
-            let error = &error as &dyn std::error::Error;
-            tracing::warn!(
-                error,
-                "cannot look for what was sent in transactions of others; looking again"
-            );
-        }
+    let (shares, look) = match still_here(store, &attendance).await? {
+        Some(as_before) => as_before,
+        None => report(store, attendance).await?,
+    };
+    let mut reaped = Vec::new();
+    if look.orphans && !leaving {
+        reaped = take_back_all(store).await?;
     }
-    Ok(attended)
+    if look.sent
+        && !leaving
+        && let Err(error) = hear_of_sent(store).await
+    {
+        let error = &error as &dyn std::error::Error;
+        tracing::warn!(
+            error,
+            "cannot look for what was sent in transactions of others; looking again"
+        );
+    }
+    let Look { replicas, chores, revision, now, .. } = look;
+    Ok(Attended { shares, reaped, replicas, chores, revision, now })
 }
 
-async fn report(
+/// Reports under the lock, and takes the shares that are left to take.
+async fn report(store: &Postgres, attendance: Attendance) -> Result<(Vec<u32>, Look)> {
+    let asking = attendance.clone();
+    let reported = store.hands.transact(move |connection| {
+        let attendance = asking.clone();
+        Box::pin(async move { report_alone(connection, &attendance).await })
+    });
+    let (shares, look) = reported.await?;
+    store.reports.note(attendance, &shares, &look);
+    Ok((shares, look))
+}
+
+async fn report_alone(
     connection: &mut PgConnection,
     attendance: &Attendance,
-) -> Result<Attended, Trouble> {
+) -> Result<(Vec<u32>, Look), Trouble> {
     let name = attendance.replica.as_str();
     query(ENTER).bind(LOCK).execute(&mut *connection).await?;
     if attendance.leaving {
@@ -199,17 +198,13 @@ async fn report(
     query(FORGET_DEAD).execute(&mut *connection).await?;
     let replicas = alive(connection).await?;
     let shares = shares(connection, attendance, &replicas).await?;
-    let row = query(REVISION).fetch_one(connection).await?;
-    let (revision, now) = (row.try_get("revision")?, rows::moment(row.try_get("now")?)?);
-    Ok(Attended { shares, reaped: Vec::new(), replicas, revision, now })
+    // What it sees now, the next one is compared with.
+    Ok((shares, look(connection, attendance).await?))
 }
 
 async fn alive(connection: &mut PgConnection) -> sqlx::Result<Vec<ReplicaName>> {
     let names = query_scalar::<_, String>(ALIVE).fetch_all(connection).await?;
-    let parse = |name: String| {
-        ReplicaName::parse(&name).map_err(|_| unreadable("a replica's name is no name"))
-    };
-    names.into_iter().map(parse).collect()
+    names.into_iter().map(replica).collect()
 }
 
 async fn shares(

@@ -23,6 +23,7 @@ mod upkeep;
 mod sweep;
 mod at_once;
 mod attend;
+mod look;
 mod listing;
 mod surgery;
 mod queues;
@@ -77,6 +78,7 @@ pub struct Postgres {
     settles: Writer<Settles>,
     herald: Arc<Herald>,
     pumps: Arc<Pumps>,
+    reports: look::Reports,
     /// Queues whose messages take turns, and where their last claims ended: the lanes of the last messages.
     last_lanes: Mutex<HashMap<QueueName, i32>>,
     stop: CancellationToken,
@@ -117,6 +119,7 @@ impl Postgres {
             claims: Hands { pool: open::pool(durable(), 4), tasks },
             herald,
             pumps,
+            reports: look::Reports::default(),
             last_lanes: Mutex::default(),
             _stop_when_dropped: stop.clone().drop_guard(),
             stop,
@@ -148,6 +151,7 @@ impl Postgres {
             upkeep::STATEMENTS,
             sweep::STATEMENTS,
             attend::STATEMENTS,
+            look::STATEMENTS,
             listing::STATEMENTS,
             surgery::STATEMENTS,
             queues::STATEMENTS,

@@ -4,7 +4,7 @@
 use std::collections::BTreeMap;
 
 use sqlx::postgres::PgRow;
-use sqlx::{Row, query, query_scalar};
+use sqlx::{PgConnection, Row, query, query_scalar};
 
 use crate::model::{QueueName, State};
 
@@ -160,15 +160,23 @@ pub(super) async fn promote(store: &Postgres, max: usize) -> Result<Promoted> {
         .hands
         .run(move |connection| {
             Box::pin(async move {
+                let next = next_due(connection).await?;
+                if next.is_none_or(|next| next > 0) {
+                    return Ok((BTreeMap::new(), next));
+                }
                 let due = query(PROMOTE).bind(limit(max)).fetch_all(&mut *connection).await?;
-                let next = query_scalar::<_, i64>(NEXT_DUE).fetch_optional(connection).await?;
-                Ok((counts(&due)?, next))
+                Ok((counts(&due)?, next_due(connection).await?))
             })
         })
         .await?;
     let count = by_queue.values().sum::<u64>() as usize;
     store.herald.tell(Word::of_ready(by_queue.into_keys().flatten()));
     Ok(Promoted { count, next: next.map(rows::elapsed) })
+}
+
+/// How many microseconds until the next one is due; negative where that is past.
+async fn next_due(connection: &mut PgConnection) -> sqlx::Result<Option<i64>> {
+    query_scalar(NEXT_DUE).fetch_optional(connection).await
 }
 
 pub(super) async fn reap(store: &Postgres, max: usize) -> Result<Vec<Reaped>> {

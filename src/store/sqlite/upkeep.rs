@@ -6,7 +6,7 @@ use sqlx::{Row, query, query_scalar};
 
 use crate::model::{DeliveryRecord, ErrorKind, Outcome, ReplicaName, State};
 
-use super::super::{Attendance, Attended, Promoted, Reaped};
+use super::super::{Attendance, Attended, Chores, Promoted, Reaped};
 use super::desk::{Desk, Queue};
 use super::fault::unreadable;
 use super::{rows, settle};
@@ -169,6 +169,7 @@ pub(super) async fn attend(desk: &mut Desk, attendance: &Attendance) -> sqlx::Re
         shares: attendance.wants.iter().map(|want| share(want.of_one())).collect(),
         reaped,
         replicas: present.into_iter().collect(),
+        chores: Chores::ALL,
         revision: query_scalar(REVISION).fetch_one(&mut desk.connection).await?,
         now: rows::moment(desk.now)?,
     })
