@@ -126,8 +126,11 @@ impl QueuePump {
             Some(wait) => tracing::debug!(%queue, %message, ?wait, "its host has enough to do"),
         }
         round.count_released();
-        let wait = busy_for.unwrap_or(WAIT);
-        let settlement = Settlement::Postpone { after: wait.mul_f64(1.0 + self.clock.chance()) };
+        let chance = self.clock.chance();
+        // Who was told when to come is a little late, so that not all come together.
+        let after = busy_for
+            .map_or_else(|| WAIT.mul_f64(1.0 + chance), |wait| wait.mul_f64(1.0 + chance / 8.0));
+        let settlement = Settlement::Postpone { after };
         let settle = Settle { lease: leased.lease, settlement, delivery: None, sent: Vec::new() };
         let _nothing_was_sent = self.settle(settle, &round).await;
     }

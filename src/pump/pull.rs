@@ -6,6 +6,7 @@
 //! in this process one waits for news, and the others for their turn; so a crowd of them asks the store no more
 //! often than one does.
 
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -144,12 +145,30 @@ impl Pumphouse {
         Ok(Pulled::Leases(leased, duration))
     }
 
-    /// Writes what workers say of messages that they hold; in order.
+    /// Writes what workers say of messages that they hold; in order. Of two words on one message the first counts, and
+    /// the second only if the first was refused.
     pub async fn hear(&self, words: Vec<WorkersWord>) -> store::Result<Vec<Heard>> {
         let tickets = words.iter().map(|word| word.ticket).collect();
         let held = self.store().held(tickets).await?;
-        let heard = words.into_iter().zip(held).map(|(word, held)| self.hear_one(word, held));
-        Ok(join_all(heard).await)
+        let mut by_ticket = HashMap::<_, Vec<_>>::new();
+        for (place, (word, held)) in words.into_iter().zip(held).enumerate() {
+            by_ticket.entry(word.ticket).or_default().push((place, word, held));
+        }
+        let heard = join_all(by_ticket.into_values().map(|words| self.hear_in_turn(words))).await;
+        let in_order = heard.into_iter().flatten().collect::<BTreeMap<_, _>>();
+        Ok(in_order.into_values().collect())
+    }
+
+    /// Hears what is said of one message, one after the other.
+    async fn hear_in_turn(
+        &self,
+        words: Vec<(usize, WorkersWord, Option<Held>)>,
+    ) -> Vec<(usize, Heard)> {
+        let mut heard = Vec::with_capacity(words.len());
+        for (place, word, held) in words {
+            heard.push((place, self.hear_one(word, held).await));
+        }
+        heard
     }
 
     async fn hear_one(&self, word: WorkersWord, held: Option<Held>) -> Heard {
@@ -227,10 +246,16 @@ impl QueuePump {
         }
     }
 
-    /// How long to trust the news alone. A stopped queue, and one whose rate limit has no token, are looked at again soon,
-    /// which asks nobody; that another process was told of a place that is free, no news tells.
+    /// Whether nothing may be out at all.
+    fn is_shut(&self) -> bool {
+        self.setup().settings.concurrency.most() == 0 || self.ceiling.limit() == 0
+    }
+
+    /// How long to trust the news alone. A queue that is stopped or shut, and one whose rate limit has no token, are looked at
+    /// again soon, which asks nobody; that another process was told of a place that is free, no news tells.
     fn patience_of_workers(&self) -> Duration {
-        let asks_nobody = self.open_round().is_none() || self.can_start_now() == Some(0);
+        let asks_nobody =
+            self.open_round().is_none() || self.can_start_now() == Some(0) || self.is_shut();
         let idle = if self.replicas.load(Ordering::Relaxed) > 1 { SHARED_POLL } else { IDLE_POLL };
         if asks_nobody { LOOK } else { idle.mul_f64(0.75 + self.clock.chance() / 2.0) }
     }
@@ -247,7 +272,7 @@ impl QueuePump {
         let max = self.can_start_now().map_or(max, |now| max.min(now));
         // It may have got another handler while somebody waited.
         let is_pulled = settings.handler == Handler::Pull;
-        if !is_pulled || max == 0 || most == 0 || self.ceiling.limit() == 0 {
+        if !is_pulled || max == 0 || self.is_shut() {
             return Ok(Vec::new());
         }
         let claim = Claim {

@@ -20,6 +20,7 @@ use crate::support::{eventually, eventually_within, on_both, pass, say};
 on_both! {
     workers_that_die_lose_nothing_and_hold_nothing_together
     a_stale_token_changes_nothing
+    of_two_words_on_one_message_the_first_counts
     workers_settle_as_handlers_do
     the_gate_bounds_what_is_out
     groups_and_turns_are_for_workers_too
@@ -233,6 +234,35 @@ async fn a_stale_token_changes_nothing(database: Database) {
     let outcomes = outcomes.map(|it| (number(it, "/number"), text(it, "/outcome")));
     let wanted = [(2, "acked".to_owned()), (1, "lease_lost".to_owned())];
     assert_eq!(outcomes.collect::<Vec<_>>(), wanted);
+}
+
+/// In one request. If the two ran beside each other, now the one and now the other would count.
+async fn of_two_words_on_one_message_the_first_counts(database: Database) {
+    let scene = Scene::on(database).await;
+    let settings = json!({"handler": {"kind": "pull"}, "concurrency": {"limit": 50}});
+    scene.client.put_queue("jobs", &settings).await;
+    for _ in 0..50 {
+        scene.client.send("jobs", "x").await;
+    }
+    let held = lease(&scene.client, "jobs", json!({"max": 50, "wait": "5s"})).await;
+    let word = |lease: &Value, verdict| json!({"token": lease["token"], "verdict": verdict});
+    let acks = held.iter().map(|lease| word(lease, "ack"));
+    let words = acks.chain(held.iter().map(|lease| word(lease, "dead_letter")));
+    let settlements = json!({"settlements": words.collect::<Vec<_>>()});
+    let items = scene.client.post("/v1/leases/settle", &settlements).await.expect(207).json();
+    let items = items["items"].as_array().unwrap();
+    assert!(items[..50].iter().all(|item| item["status"] == 200), "{items:?}");
+    assert!(items[50..].iter().all(|item| item["status"] == 409), "{items:?}");
+    let stats = scene.client.queue("jobs").await;
+    assert_eq!((number(&stats, "/stats/in_flight"), number(&stats, "/stats/dead")), (0, 0));
+    // Of two of which the first is refused, the second counts.
+    let id = scene.client.send("jobs", "x").await;
+    let held = lease(&scene.client, "jobs", json!({"wait": "5s"})).await.remove(0);
+    let sends = json!({"token": held["token"], "verdict": "ack", "messages": [{"queue": "missing", "payload": 1}]});
+    let settlements = json!({"settlements": [sends, word(&held, "ack")]});
+    let items = scene.client.post("/v1/leases/settle", &settlements).await.expect(207).json();
+    let statuses = [0, 1].map(|place| number(&items, &format!("/items/{place}/status")));
+    assert_eq!((statuses, scene.client.state(&id).await), ([422, 200], "completed".to_owned()));
 }
 
 async fn workers_settle_as_handlers_do(database: Database) {
@@ -522,4 +552,23 @@ async fn a_rate_limit_is_for_workers_too() {
     let polls = (0..10).map(|_| lease(&scene.client, "jobs", json!({"max": 5})));
     let leased = join_all(polls).await.into_iter().map(|leases| leases.len()).sum::<usize>();
     assert_eq!(leased, 5, "as many as there are tokens, however many ask at once");
+}
+
+#[tokio::test]
+async fn who_waits_at_a_shut_gate_goes_on_soon_after_it_is_open() {
+    let scene = Scene::new().await;
+    let shut = json!({"handler": {"kind": "pull"}, "concurrency": {"limit": 0}});
+    scene.client.put_queue("jobs", &shut).await;
+    scene.client.send("jobs", "x").await;
+    for _ in 0..3 {
+        let waits = lease(&scene.client, "jobs", json!({"wait": "2500ms", "duration": "1s"}));
+        let opens = async {
+            pass(Duration::from_millis(300)).await;
+            scene.client.patch_queue("jobs", &json!({"concurrency": {"limit": 1}})).await
+        };
+        let (held, _) = tokio::join!(waits, opens);
+        let word = json!({"token": held[0]["token"], "verdict": "release"});
+        assert_eq!(number(&settle(&scene.client, word).await, "/status"), 200);
+        scene.client.patch_queue("jobs", &json!({"concurrency": {"limit": 0}})).await;
+    }
 }

@@ -7,10 +7,10 @@ use reqwest::RequestBuilder;
 use serde_json::json;
 
 use crate::support::client::{Client, ask};
-use crate::support::eventually;
 use crate::support::process::Database;
 use crate::support::receiver::{Gate, Mood};
 use crate::support::scene::Scene;
+use crate::support::{eventually, eventually_within};
 
 fn push(client: &Client, url: &str) -> RequestBuilder {
     client.request(Method::POST, "/v1/push").header("pumphouse-url", url).body("hook")
@@ -97,4 +97,22 @@ async fn one_host_has_only_so_many_at_once() {
     gate.open();
     scene.receiver.wait_for("/held", 6).await;
     assert_eq!(scene.receiver.most_open("/held"), 2);
+}
+
+/// 400 messages at two at a time, each of a few milliseconds.
+#[tokio::test]
+async fn a_burst_to_a_host_that_is_fast_is_soon_done() {
+    let scene = Scene::with_flags(Database::sqlite(), &["--push-allow", "127.0.0.1"]).await;
+    let settings =
+        json!({"handler": {"kind": "push", "per_destination": 2}, "concurrency": {"limit": 16}});
+    scene.client.put_queue("push", &settings).await;
+    scene.receiver.set("/fast", Mood::slow(Duration::from_millis(5)));
+    let url = scene.receiver.url("/fast");
+    let sent = (0..400).map(|_| async { ask(push(&scene.client, &url)).await.expect(201) });
+    futures::future::join_all(sent).await;
+    eventually_within("all have come", Duration::from_secs(20), async || {
+        scene.receiver.count("/fast") == 400
+    })
+    .await;
+    assert!(scene.receiver.most_open("/fast") <= 2);
 }
