@@ -18,8 +18,9 @@ use super::rows;
 
 // Lives on: the primary keys of replica, pump, scheduled and ended; lease_until, lease_holder (one step for each holder),
 // ready_expiring, behind_expiring, scheduled_expiring, dead_since and idempotency_sweep, one look each (ended and dead:
-// for each queue); share, read whole; doomed, released, tally and sent, at their beginnings. A holder of incarnation 0 is
-// known to nobody. What others have at the moment is only compared, so a sum of hashes does.
+// for each queue); share, read whole; doomed, released and sent, at their beginnings; tally, as far as it is folded at a
+// time: folded, it has one row for each queue and state. A holder of incarnation 0 is known to nobody. What others have
+// at the moment is only compared, so a sum of hashes does.
 const STILL_HERE: &str = "\
 with recursive clock as (
     select now_micros() as now
@@ -79,7 +80,12 @@ select revision, now,
     exists (select 1 from sent) as sent,
     exists (select 1 from scheduled where due_at <= now) as due,
     exists (select 1 from lease where until <= now) as lost,
-    exists (select 1 from tally)
+    exists (
+            select 1
+            from (select queue_id, state from tally limit 10000) as notes
+            group by queue_id, state
+            having count(*) > 1
+        )
         or exists (select 1 from ready where expires_at <= now)
         or exists (select 1 from behind where expires_at <= now)
         or exists (select 1 from scheduled where expires_at <= now)

@@ -3,13 +3,15 @@
 use std::collections::HashSet;
 
 use pumphouse::model::{
-    Details, Idempotency, NewMessage, QueueName, ReplicaName, Settlement, State,
+    Details, Idempotency, NewMessage, QueueName, ReplicaName, Settlement, State, When,
 };
-use pumphouse::store::{Attendance, Attended, Claim, EnqueueOutcome, Enqueued, Settled, Want};
+use pumphouse::store::{
+    Attendance, Attended, Chores, Claim, EnqueueOutcome, Enqueued, Settled, Want,
+};
 use sqlx::{Connection, PgConnection};
 
 use crate::support::postgres::fresh_database;
-use crate::support::stage::{LONG, SHORT, Stage, claim, message, together};
+use crate::support::stage::{ALL, LONG, SHORT, Stage, claim, message, message_in, together};
 use crate::support::stores::on_postgres;
 use crate::support::{eventually, heard};
 
@@ -245,4 +247,53 @@ async fn a_replica_that_starts_again_takes_back_its_own_leases_at_once() {
     let reaped = attended.reaped.iter().map(|reaped| reaped.id).collect::<Vec<_>>();
     assert_eq!(reaped, [mine]);
     assert_eq!(one.state(theirs).await, Some(State::Leased));
+}
+
+/// A report is one statement where nothing has changed, and sees all the same what there is to do and who else is there.
+#[tokio::test]
+async fn a_quiet_report_sees_what_is_to_do() {
+    let (one, other) = two().await;
+    let queue = one.queue("letters").await;
+    let report = async || attend(&one, attendance("a", 1, &[(&queue, 4, 0)])).await;
+    let chores = async || report().await.chores;
+    let tidy = async || while one.store.sweep(ALL).await.unwrap().more {};
+    let nothing = Chores { due: false, lost: false, past: false };
+    report().await;
+    tidy().await;
+    assert_eq!(chores().await, nothing);
+    // Each of them is seen as long as it is left undone, and no longer.
+    one.send(message_in(&queue, "later", SHORT)).await;
+    tidy().await;
+    one.pass(SHORT).await;
+    assert_eq!(chores().await, Chores { due: true, ..nothing });
+    one.store.promote(ALL).await.unwrap();
+    tidy().await;
+    assert_eq!(chores().await, nothing);
+    one.claim_for(&queue, SHORT).await;
+    tidy().await;
+    one.pass(SHORT).await;
+    assert_eq!(chores().await, Chores { lost: true, ..nothing });
+    one.store.reap(ALL).await.unwrap();
+    let soon = NewMessage { expires: Some(When::In(SHORT)), ..message(&queue, "short-lived") };
+    one.send(soon).await;
+    one.pass(SHORT).await;
+    assert_eq!(chores().await, Chores { past: true, ..nothing });
+    tidy().await;
+    assert_eq!(chores().await, nothing);
+    // The others are seen come, change and go.
+    assert_eq!(report().await.shares, [4]);
+    let theirs = |open| attendance("b", 2, &[(&queue, 4, open)]);
+    assert_eq!(attend(&other, theirs(0)).await.shares, [0]);
+    assert_eq!(report().await.shares, [2]);
+    assert_eq!(attend(&other, theirs(0)).await.shares, [2]);
+    let unable = Want { able: false, ..theirs(0).wants.remove(0) };
+    attend(&other, Attendance { wants: vec![unable], ..theirs(0) }).await;
+    assert_eq!(report().await.shares, [4], "what another cannot use is free");
+    attend(&other, Attendance { good_for: SHORT, ..theirs(0) }).await;
+    assert_eq!(report().await.replicas.len(), 2);
+    one.pass(SHORT).await;
+    assert_eq!(report().await.replicas, [replica("a")]);
+    let revision = report().await.revision;
+    one.store.set_ceiling(7).await.unwrap();
+    assert!(report().await.revision > revision);
 }
