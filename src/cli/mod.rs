@@ -133,10 +133,11 @@ Examples:
   pumphouse send emails hello --wait 30s                     print what became of it
   pumphouse send emails --lines < envelopes.ndjson           many, with progress
 
-With --lines each line is an envelope, as in {\"payload\": {\"to\": \"ada\"}, \"type\": \"welcome\"}. A batch whose answer was
-lost is sent again under its key, and taken once; lines that a full queue has no room for are sent again for
-a while. Every line that is refused is named with its number. With --key the same input again is the same
-messages; lines then wait until 500 of them, or 4 MiB, are there or the input ends.";
+With --lines each line is an envelope, as in {\"payload\": {\"to\": \"ada\"}, \"type\": \"welcome\"}. A
+batch whose answer was lost is sent again under its key, and taken once; lines that a full queue
+has no room for are sent again for a while. Every line that is refused is named with its number.
+With --key the same input again is the same messages; lines then wait until 500 of them, or
+4 MiB, are there or the input ends.";
 
 const PUBLISH_EXAMPLES: &str = "\
 Examples:
@@ -151,8 +152,8 @@ Examples:
   pumphouse receive jobs --max 100 --verdict release         look at what is there
   pumphouse receive jobs --follow | while read -r job; do …
 
-Prints each message as a line of JSON, and settles it then: what was not printed comes back. With --follow a
-server that is away or busy is asked again until it answers, and so it is by `tail`.";
+Prints each message as a line of JSON, and settles it then: what was not printed comes back. With
+--follow a server that is away or busy is asked again until it answers, as `tail` does too.";
 
 #[derive(Debug, Args)]
 struct Settings {

@@ -2,7 +2,6 @@
 
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
 
 use serde_json::Value;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
@@ -10,8 +9,7 @@ use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::time::timeout;
 use tokio_util::task::TaskTracker;
 
-/// How long a command may take to end once a test waits for that. Shorter than it goes on trying by itself.
-const ENDS_WITHIN: Duration = Duration::from_secs(15);
+use crate::support::PATIENCE;
 
 /// A command with pipes for all that it reads and says. Dropped, it is killed.
 pub(super) struct Running {
@@ -95,8 +93,8 @@ impl Running {
     /// Closes its standard input, and waits for its end.
     pub(super) async fn end(mut self) -> End {
         drop(self.stdin.take());
-        let Ok(status) = timeout(ENDS_WITHIN, self.child.wait()).await else {
-            panic!("it did not end within {ENDS_WITHIN:?}; it said:\n{}", self.said());
+        let Ok(status) = timeout(PATIENCE, self.child.wait()).await else {
+            panic!("it did not end within {PATIENCE:?}; it said:\n{}", self.said());
         };
         self.ears.close();
         self.ears.wait().await;
