@@ -18,8 +18,11 @@ mod signals;
 mod serve;
 mod migrate;
 mod client;
+mod again;
 mod send;
+mod input;
 mod lines;
+mod reader;
 mod receive;
 mod queues;
 mod bench;
@@ -130,8 +133,11 @@ Examples:
   pumphouse send emails hello --wait 30s                     print what became of it
   pumphouse send emails --lines < envelopes.ndjson           many, with progress
 
-With --lines each line is an envelope, as in {\"payload\": {\"to\": \"ada\"}, \"type\": \"welcome\"}. A batch whose answer was
-lost is sent again under its key, and taken once.";
+With --lines each line is an envelope, as in {\"payload\": {\"to\": \"ada\"}, \"type\": \"welcome\"}. A
+batch whose answer was lost is sent again under its key, and taken once; lines that a full queue
+has no room for are sent again for a while. Every line that is refused is named with its number.
+With --key the same input again is the same messages; lines then wait until 500 of them, or
+4 MiB, are there or the input ends.";
 
 const PUBLISH_EXAMPLES: &str = "\
 Examples:
@@ -146,7 +152,8 @@ Examples:
   pumphouse receive jobs --max 100 --verdict release         look at what is there
   pumphouse receive jobs --follow | while read -r job; do …
 
-Prints each message as a line of JSON, and settles it then: what was not printed comes back.";
+Prints each message as a line of JSON, and settles it then: what was not printed comes back. With
+--follow a server that is away or busy is asked again until it answers, as `tail` does too.";
 
 #[derive(Debug, Args)]
 struct Settings {
@@ -171,7 +178,8 @@ struct Server {
         long,
         value_name = "URL",
         env = "PUMPHOUSE_URL",
-        default_value = "http://127.0.0.1:8080"
+        default_value = "http://127.0.0.1:8080",
+        value_parser = client::parse_url
     )]
     url: String,
 }
@@ -184,12 +192,21 @@ pub fn run() -> ExitCode {
             if let Some(usage) = error.downcast_ref::<clap::Error>() {
                 usage.exit();
             }
-            let text = format!("pumphouse: {}\n", causes(&error).join("\n  because: "));
-            // Where standard error is closed there is nobody left to tell; the exit code says it too.
-            let _ = io::stderr().write_all(text.as_bytes());
+            complain(&error);
             ExitCode::FAILURE
         }
     }
+}
+
+/// Says what went wrong, with all its causes, on standard error.
+fn complain(error: &anyhow::Error) {
+    tell(&format!("pumphouse: {}\n", causes(error).join("\n  because: ")));
+}
+
+/// Says something on standard error. Where that is closed there is nobody left to tell; the exit code says it too.
+fn tell(text: &str) {
+    let mut to = io::stderr().lock();
+    let _ = to.write_all(text.as_bytes()).and_then(|()| to.flush());
 }
 
 /// What went wrong and why, from the outside in. Some libraries repeat the cause in their own words; what

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow};
 use bytes::Bytes;
 use http::Method;
 use serde_json::{Value, json};
@@ -11,8 +11,10 @@ use serde_json::{Value, json};
 use crate::clock::{Clock, SystemClock};
 use crate::model::{QueueName, parse_span};
 
-use super::client::{Call, PATIENCE, call};
-use super::{Server, show};
+use super::again::Again;
+use super::client::{Call, PATIENCE, Refused, call};
+use super::reader::Reader;
+use super::{Server, complain, show};
 
 /// What to take, and what to say of it.
 #[derive(Debug, clap::Args)]
@@ -84,10 +86,20 @@ pub(super) async fn receive(receive: Receive) -> Result<()> {
     }
     // One that cannot be read is for the server to refuse.
     let is_zero = parse_span(&receive.wait).is_ok_and(|wait| wait.is_zero());
-    loop {
-        let wait = if receive.follow && is_zero { "20s" } else { &receive.wait };
-        let wanted = json!({"max": receive.max, "wait": wait});
-        let answer = ask(&receive.server, Method::POST, &path, Some(&wanted)).await?;
+    let wait = if receive.follow && is_zero { "20s" } else { &receive.wait };
+    let wanted = json!({"max": receive.max, "wait": wait});
+    let reader = Reader::of_stdout();
+    let mut again = if receive.follow { Again::for_ever() } else { Again::never() };
+    // A call is never cut short, because it may have taken messages by then.
+    while !reader.is_away() {
+        let answer = match ask(&receive.server, Method::POST, &path, Some(&wanted)).await {
+            Ok(answer) => answer,
+            Err(error) => {
+                again.after(error).await?;
+                continue;
+            }
+        };
+        again.is_over();
         let leases = answer["leases"].as_array().context("the answer has no leases")?;
         let mut settlements = Vec::new();
         let mut is_read = true;
@@ -99,27 +111,73 @@ pub(super) async fn receive(receive: Receive) -> Result<()> {
             let verdict = if is_read { receive.verdict } else { Verdict::Release };
             settlements.push(json!({"token": lease["token"], "verdict": verdict.word()}));
         }
-        if !settlements.is_empty() {
-            let said = json!({"settlements": settlements});
-            let heard =
-                ask(&receive.server, Method::POST, "/v1/leases/settle", Some(&said)).await?;
-            let items = heard["items"].as_array().context("the answer has no items")?;
-            let lost = items.iter().filter(|item| item["status"] != 200).count();
-            if lost > 0 {
-                bail!("{lost} of {} could not be settled; they come back", items.len());
+        let lost = settle(&receive, settlements, is_read).await?;
+        if lost > 0 {
+            let lost = anyhow!("{lost} of {} could not be settled; they come back", leases.len());
+            if !receive.follow {
+                return Err(lost);
             }
+            complain(&lost);
         }
         if !receive.follow || !is_read {
-            return Ok(());
+            break;
         }
+    }
+    Ok(())
+}
+
+/// Says what is to become of messages, again where nobody knows whether that was heard. Returns how many it was too
+/// late for; where it was said again, also those that were settled the first time.
+async fn settle(receive: &Receive, mut settlements: Vec<Value>, is_read: bool) -> Result<usize> {
+    // Without a reader there is no reason to stay for ever: the leases end by themselves.
+    let for_ever = receive.follow && is_read;
+    let mut again = if for_ever { Again::for_ever() } else { Again::for_a_while() };
+    let mut lost = 0;
+    while !settlements.is_empty() {
+        let said = json!({"settlements": settlements});
+        let heard = ask(&receive.server, Method::POST, "/v1/leases/settle", Some(&said)).await;
+        let heard = match heard {
+            Ok(heard) => heard,
+            Err(error) => {
+                again.after(error).await?;
+                continue;
+            }
+        };
+        let items = heard["items"].as_array().context("the answer has no items")?;
+        let mut left = Vec::new();
+        let mut why = None;
+        for (settlement, item) in settlements.into_iter().zip(items) {
+            match Refused::of_item(item) {
+                Some(refused) if refused.is_for_now() => {
+                    left.push(settlement);
+                    why = Some(refused);
+                }
+                Some(_) => lost += 1,
+                None => (),
+            }
+        }
+        if let Some(why) = why {
+            again.after(why.into()).await?;
+        }
+        settlements = left;
+    }
+    Ok(lost)
+}
+
+/// Prints a line for each message that comes in, until interrupted or nobody reads it any more.
+pub(super) async fn tail(tail: Tail) -> Result<()> {
+    let reader = Reader::of_stdout();
+    tokio::select! {
+        done = watch(&tail) => done,
+        () = reader.has_gone() => Ok(()),
     }
 }
 
-/// Prints a line for each message that comes in, until interrupted.
-pub(super) async fn tail(tail: Tail) -> Result<()> {
+async fn watch(tail: &Tail) -> Result<()> {
     // From now on, by this machine's clock; messages that came in the same second may be shown too.
     let mut since = SystemClock.now();
     let mut known = HashSet::<String>::new();
+    let mut again = Again::for_ever();
     loop {
         let mut path = format!("/v1/messages?limit=200&since={since}");
         for (name, value) in
@@ -131,17 +189,14 @@ pub(super) async fn tail(tail: Tail) -> Result<()> {
                 path.push_str(&format!("&{name}={value}"));
             }
         }
-        let mut come = Vec::new();
-        let mut cursor = String::new();
-        loop {
-            let page = format!("{path}&cursor={cursor}");
-            let page = ask(&tail.server, Method::GET, &page, None).await?;
-            come.extend(page["items"].as_array().context("the answer has no items")?.clone());
-            match page["next"].as_str() {
-                Some(next) => next.clone_into(&mut cursor),
-                None => break,
+        let mut come = match list(&tail.server, &path).await {
+            Ok(come) => come,
+            Err(error) => {
+                again.after(error).await?;
+                continue;
             }
-        }
+        };
+        again.is_over();
         come.reverse();
         let mut seen = HashSet::new();
         for message in &come {
@@ -159,6 +214,20 @@ pub(super) async fn tail(tail: Tail) -> Result<()> {
         }
         known = seen;
         tokio::time::sleep(LOOK_EVERY).await;
+    }
+}
+
+/// All pages of a list.
+async fn list(server: &Server, path: &str) -> Result<Vec<Value>> {
+    let mut items = Vec::new();
+    let mut cursor = String::new();
+    loop {
+        let page = ask(server, Method::GET, &format!("{path}&cursor={cursor}"), None).await?;
+        items.extend(page["items"].as_array().context("the answer has no items")?.clone());
+        match page["next"].as_str() {
+            Some(next) => next.clone_into(&mut cursor),
+            None => return Ok(items),
+        }
     }
 }
 

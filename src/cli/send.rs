@@ -48,7 +48,10 @@ struct Message {
     server: Server,
     /// Read standard input as many messages: each line is an envelope in JSON, as in {"payload": 1, "type": "t"};
     /// progress is shown, and a summary at the end
-    #[arg(long, conflicts_with_all = ["body", "kind", "content_type", "delay", "priority", "group", "headers"])]
+    #[arg(
+        long,
+        conflicts_with_all = ["body", "kind", "content_type", "delay", "priority", "group", "reply_to", "headers"]
+    )]
     lines: bool,
     /// What the message is about, as in orders.placed
     #[arg(long = "type", value_name = "TYPE")]
@@ -69,7 +72,8 @@ struct Message {
     /// The queue to which the handler's answer is sent
     #[arg(long, value_name = "QUEUE")]
     reply_to: Option<String>,
-    /// An idempotency key: the same key with the same message again is the same message
+    /// An idempotency key: the same key with the same message again is the same message. With --lines it is of the
+    /// whole input, and batches are cut by count and size only, so that the same input again is the same batches
     #[arg(long, value_name = "KEY")]
     key: Option<String>,
     /// A header for the handler; can be repeated

@@ -1,6 +1,10 @@
-//! Does the command line do what its help says? Here is what needs no server; `talking` talks to one, `bench` to its own.
+//! Does the command line do what its help says? Here is what needs no server; `talking` talks to one, as do `lines`
+//! and `following`, `bench` to its own.
 
+mod running;
 mod talking;
+mod lines;
+mod following;
 mod bench;
 
 use std::process::{Command, Output};
