@@ -20,7 +20,7 @@ use super::{
 
 /// A message with its options, as JSON. Members that it does not know are refused.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a message as a JSON object")]
 pub struct Envelope {
     /// Where it is to go; only where many queues can be meant.
     pub queue: Option<String>,

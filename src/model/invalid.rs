@@ -4,9 +4,9 @@
 ///
 /// `pointer` is a JSON pointer (RFC 6901) into the body, or the name of a header or parameter.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{pointer}: {detail}")]
+#[error("{}{detail}", where_to_look(pointer))]
 pub struct Invalid {
-    /// Where: `/recovery/backoff/base`, `Pumphouse-Delay`, `limit`.
+    /// Where: `/recovery/backoff/base`, `Pumphouse-Delay`, `limit`; empty for the whole body.
     pub pointer: String,
     /// What would have been right, as a sentence fragment without a full stop.
     pub detail: String,
@@ -27,5 +27,20 @@ impl Invalid {
     #[must_use]
     pub fn under(self, prefix: &str) -> Self {
         Self { pointer: format!("{prefix}{}", self.pointer), detail: self.detail }
+    }
+}
+
+fn where_to_look(pointer: &str) -> String {
+    if pointer.is_empty() { String::new() } else { format!("{pointer}: ") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_says_where_if_that_is_not_everywhere() {
+        assert_eq!(Invalid::new("/delay", "too long").to_string(), "/delay: too long");
+        assert_eq!(Invalid::new("", "no object").to_string(), "no object");
     }
 }
