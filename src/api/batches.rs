@@ -15,6 +15,7 @@ use utoipa_axum::routes;
 use crate::model::{
     Destination, EVENT_TYPES, Event, Idempotency, Invalid, NewMessage, QueueName, TopicName,
 };
+use crate::policy::published_at_once;
 use crate::store::{Enqueue, EnqueueOutcome, Enqueued, Receipt, Refusal};
 
 use super::body::{Path, Query, json, media_type, read};
@@ -108,7 +109,9 @@ async fn post_batch(
 
 /// Publish many messages to a topic.
 ///
-/// The same for a topic: each message becomes a copy in each queue that wants it.
+/// The same for a topic: each message becomes a copy in each queue that wants it. One that makes more than 10,000 copies
+/// is sent in parts; where one of them fails, its messages and those after it have the problem, and a repeat with the same
+/// `Idempotency-Key` sends these.
 #[utoipa::path(post, path = "/v1/topics/{topic}/messages/batch", tag = "sending",
     params(("topic" = String, Path, description = "The topic's name"), PublishBatchQuery,
         ("Idempotency-Key" = Option<String>, Header, description = "Covers the whole batch")),
@@ -253,7 +256,7 @@ impl Batch {
             return Err(all_refused(self.bad));
         }
         let (places, messages): (Vec<_>, Vec<_>) = self.good.into_iter().unzip();
-        doors.check_replies(&messages).await?;
+        doors.check_replies("reply_to", &messages).await?;
         let at_once = doors.at_once(to).await?;
         if atomic && messages.len() > at_once {
             let detail = format!(
@@ -261,38 +264,27 @@ impl Batch {
             );
             return Err(Problem::new(problem::TOO_LARGE, detail));
         }
-        let mut done = Vec::with_capacity(messages.len());
-        let mut messages = messages.into_iter().peekable();
-        while messages.peek().is_some() || done.is_empty() && places.is_empty() {
-            let some = messages.by_ref().take(at_once).collect();
-            let enqueue = Enqueue { messages: some, atomic, batch: self.key };
-            match doors.enqueue(to, enqueue).await? {
-                EnqueueOutcome::Done(some) => done.extend(some),
-                EnqueueOutcome::BatchKeyReused => return Err(refused(&Refusal::KeyReused)),
-                EnqueueOutcome::Refused(refusals) => {
-                    if let Some((_, Refusal::NoSuchQueue(name))) = refusals.first() {
-                        return Err(Problem::no_such_queue(name));
-                    }
-                    let problems =
-                        refusals.iter().map(|(at, refusal)| (places[*at], refused(refusal)));
-                    return Err(all_refused(problems.collect()));
+        let enqueue = Enqueue { messages, atomic, batch: self.key };
+        let Parts { done, rest } = match doors.enqueue_in_parts(to, enqueue, at_once).await? {
+            Ok(parts) => parts,
+            Err(refusals) => {
+                if let Some((_, Refusal::NoSuchQueue(name))) = refusals.first() {
+                    return Err(Problem::no_such_queue(name));
                 }
+                let problems = refusals.iter().map(|(at, refusal)| (places[*at], refused(refusal)));
+                return Err(all_refused(problems.collect()));
             }
-            if places.is_empty() {
-                break;
-            }
-        }
+        };
         if let Some(Enqueued::Refused(Refusal::NoSuchQueue(name))) = done.first() {
             return Err(Problem::no_such_queue(name));
         }
-        let mut items = places
-            .into_iter()
-            .zip(&done)
-            .map(|(at, one)| (at, item(one, request_id)))
-            .collect::<Vec<_>>();
+        let is_replayed =
+            self.key.is_some() && rest.is_none() && !done.is_empty() && done.iter().all(is_known);
+        let sent = done.iter().map(|one| item(one, request_id));
+        let unsent = rest.iter().cycle().map(|problem| problem_item(problem, request_id));
+        let mut items = places.into_iter().zip(sent.chain(unsent)).collect::<Vec<_>>();
         items.extend(self.bad.iter().map(|(at, problem)| (*at, problem_item(problem, request_id))));
         items.sort_by_key(|(at, _)| *at);
-        let is_replayed = self.key.is_some() && !done.is_empty() && done.iter().all(is_known);
         let status = match (atomic, is_replayed) {
             (true, false) => StatusCode::CREATED,
             (true, true) => StatusCode::OK,
@@ -304,13 +296,62 @@ impl Batch {
     }
 }
 
+/// What became of a batch that was sent in parts.
+struct Parts {
+    done: Vec<Enqueued>,
+    /// What came in the way of the others, after some were sent.
+    rest: Option<Problem>,
+}
+
+/// Which messages could not be taken, where one refusal refuses all.
+type Refusals = Vec<(usize, Refusal)>;
+
 impl Doors {
+    /// Takes messages in, so many in one transaction, to the end even if the client goes away: whoever repeats a batch
+    /// without a key would send twice what was sent by then.
+    async fn enqueue_in_parts(
+        &self,
+        to: &Destination,
+        enqueue: Enqueue,
+        at_once: usize,
+    ) -> Result<Result<Parts, Refusals>, Problem> {
+        let (this, to) = (self.clone(), to.clone());
+        self.to_the_end(async move {
+            let Enqueue { messages, atomic, batch } = enqueue;
+            let mut done = Vec::with_capacity(messages.len());
+            let mut messages = messages.into_iter().peekable();
+            loop {
+                let some = messages.by_ref().take(at_once).collect();
+                let some = Enqueue { messages: some, atomic, batch };
+                let problem = match this.enqueue(&to, some).await {
+                    Ok(EnqueueOutcome::Done(some)) => {
+                        done.extend(some);
+                        if messages.peek().is_none() {
+                            return Ok(Ok(Parts { done, rest: None }));
+                        }
+                        continue;
+                    }
+                    Ok(EnqueueOutcome::Refused(refusals)) => return Ok(Err(refusals)),
+                    Ok(EnqueueOutcome::BatchKeyReused) => refused(&Refusal::KeyReused),
+                    Err(problem) => problem,
+                };
+                if done.is_empty() {
+                    return Err(problem);
+                }
+                // The answer is no error, so nobody else says what was in the way.
+                let error = problem.cause.as_deref().map(|cause| cause as &dyn std::error::Error);
+                tracing::warn!(code = problem.code.word, error, "a batch was sent in part");
+                return Ok(Ok(Parts { done, rest: Some(problem) }));
+            }
+        })
+        .await
+    }
+
     /// How many messages go into one transaction: of those that become many, few enough that others are not held up.
     async fn at_once(&self, to: &Destination) -> Result<usize, Problem> {
         let Destination::Topic { topic, .. } = to else { return Ok(BATCH_MAX) };
         let subscriptions = self.pump().store().subscriptions().await?;
-        let copies = subscriptions.iter().filter(|it| it.topic == *topic).count();
-        Ok((COPIES_MAX / copies.max(1)).clamp(1, BATCH_MAX))
+        Ok(published_at_once(topic, &subscriptions).min(BATCH_MAX))
     }
 }
 
@@ -405,7 +446,5 @@ fn all_refused(problems: Vec<(usize, Problem)>) -> Problem {
 }
 
 const BATCH_MAX: usize = 10_000;
-/// How many copies one transaction makes of what is published, more or less.
-const COPIES_MAX: usize = 10_000;
 /// The most bytes in the body of a batch.
 pub(super) const BYTES_MAX: usize = 16 * 1024 * 1024;

@@ -169,7 +169,7 @@ async fn put_queue(
             PutQueue::PreconditionFailed => return Err(precondition_failed()),
         }
     }
-    Err(kept_changing())
+    Err(kept_changing("queue"))
 }
 
 /// Change some settings: a JSON merge patch (RFC 7396). `null` resets to the default.
@@ -202,7 +202,7 @@ async fn patch_queue(
             return answer(&doors, StatusCode::OK, &queue).await;
         }
     }
-    Err(kept_changing())
+    Err(kept_changing("queue"))
 }
 
 /// Delete a queue; with `force` its messages too.
@@ -399,9 +399,11 @@ pub(super) fn precondition_failed() -> Problem {
     Problem::new(problem::PRECONDITION, detail)
 }
 
-fn kept_changing() -> Problem {
-    Problem::new(problem::UNAVAILABLE, "others kept changing the queue; try again")
+/// Others were faster each time.
+pub(super) fn kept_changing(what: &str) -> Problem {
+    Problem::new(problem::UNAVAILABLE, format!("others kept changing the {what}; try again"))
 }
 
-const CHANGE_TRIES: usize = 10;
+/// How often a change is made to what is there then, where others change it meanwhile.
+pub(super) const CHANGE_TRIES: usize = 10;
 const PURGE_BATCH: usize = 1000;

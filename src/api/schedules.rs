@@ -1,5 +1,7 @@
 //! Clocks that send: make, look, change, pause, run, delete. Routes, bodies, handlers.
 
+use std::collections::BTreeMap;
+
 use axum::Json;
 use axum::extract::{Request, State};
 use axum::response::{IntoResponse, Response};
@@ -26,7 +28,7 @@ use super::envelope::EnvelopeBody;
 use super::lasting::Lasting;
 use super::messages::Nothing;
 use super::problem::{self, Problem};
-use super::queues::{precondition, precondition_failed};
+use super::queues::{CHANGE_TRIES, kept_changing, precondition, precondition_failed};
 
 pub(super) fn routes() -> OpenApiRouter<Doors> {
     OpenApiRouter::new()
@@ -258,7 +260,11 @@ async fn put_schedule(
     let body = read(&parts.headers, body, SCHEDULE_BYTES_MAX).await?;
     let schedule = json::<SchedulePut>(&body)?.into_schedule()?;
     doors.check_target(&schedule).await?;
-    put(&doors, name, schedule, wanted).await
+    match put(&doors, &name, schedule, wanted).await? {
+        PutSchedule::Created(record) => answer(&doors, StatusCode::CREATED, &record).await,
+        PutSchedule::Replaced(record) => answer(&doors, StatusCode::OK, &record).await,
+        PutSchedule::PreconditionFailed => Err(precondition_failed()),
+    }
 }
 
 /// Change a schedule: a JSON merge patch (RFC 7396); `message` is replaced whole.
@@ -277,15 +283,9 @@ async fn patch_schedule(
     let (parts, body) = request.into_parts();
     is_json(&parts.headers)?;
     let body = read(&parts.headers, body, SCHEDULE_BYTES_MAX).await?;
-    let patch = json::<std::collections::BTreeMap<String, Box<RawValue>>>(&body)?;
-    let record = doors.schedule(&name).await?;
-    let etag = record.schedule.etag();
-    if !wanted.holds(Some(&etag)) {
-        return Err(precondition_failed());
-    }
-    let schedule = patched(&record.schedule, patch)?.into_schedule()?;
-    doors.check_target(&schedule).await?;
-    put(&doors, name, schedule, Precondition::Matches(etag)).await
+    let patch = json::<BTreeMap<String, Box<RawValue>>>(&body)?;
+    change(&doors, &name, &wanted, |before| Ok(Some(patched(before, &patch)?.into_schedule()?)))
+        .await
 }
 
 /// Delete a schedule. What it has sent stays in its queue.
@@ -355,37 +355,61 @@ async fn set_paused(
 ) -> Result<Response, Problem> {
     let Nothing {} = read_json_or_default(request).await?;
     let name = ScheduleName::parse(&name)?;
-    let record = doors.schedule(&name).await?;
-    if record.schedule.paused == paused {
-        return answer(&doors, StatusCode::OK, &record).await;
+    change(&doors, &name, &Precondition::None, |before| {
+        Ok((before.paused != paused).then(|| Schedule { paused, ..before.clone() }))
+    })
+    .await
+}
+
+/// Changes a schedule to what is made of it as it stands; `None` leaves it as it is.
+async fn change(
+    doors: &Doors,
+    name: &ScheduleName,
+    wanted: &Precondition,
+    make: impl Fn(&Schedule) -> Result<Option<Schedule>, Problem>,
+) -> Result<Response, Problem> {
+    // Another change may come in between: the ETag shows it, and this one is made to what is there then.
+    for _ in 0..CHANGE_TRIES {
+        let record = doors.schedule(name).await?;
+        let etag = record.schedule.etag();
+        if !wanted.holds(Some(&etag)) {
+            return Err(precondition_failed());
+        }
+        let Some(schedule) = make(&record.schedule)? else {
+            return answer(doors, StatusCode::OK, &record).await;
+        };
+        // What was given before was looked at then.
+        if schedule.message.get() != record.schedule.message.get() {
+            doors.check_target(&schedule).await?;
+        }
+        match put(doors, name, schedule, Precondition::Matches(etag)).await? {
+            PutSchedule::Created(record) | PutSchedule::Replaced(record) => {
+                return answer(doors, StatusCode::OK, &record).await;
+            }
+            PutSchedule::PreconditionFailed => (),
+        }
     }
-    let etag = record.schedule.etag();
-    let schedule = Schedule { paused, ..record.schedule };
-    put(&doors, name, schedule, Precondition::Matches(etag)).await
+    Err(kept_changing("schedule"))
 }
 
 async fn put(
     doors: &Doors,
-    name: ScheduleName,
+    name: &ScheduleName,
     schedule: Schedule,
     wanted: Precondition,
-) -> Result<Response, Problem> {
-    let pump = doors.pump().clone();
+) -> Result<PutSchedule, Problem> {
+    let (pump, name) = (doors.pump().clone(), name.clone());
     let put = async move { Ok(pump.put_schedule(&name, schedule, wanted).await?) };
-    match doors.to_the_end(put).await? {
-        PutSchedule::Created(record) => answer(doors, StatusCode::CREATED, &record).await,
-        PutSchedule::Replaced(record) => answer(doors, StatusCode::OK, &record).await,
-        PutSchedule::PreconditionFailed => Err(precondition_failed()),
-    }
+    doors.to_the_end(put).await
 }
 
 /// The schedule as it is put, with these members replaced; those that are null get their default.
 fn patched(
     before: &Schedule,
-    patch: std::collections::BTreeMap<String, Box<RawValue>>,
+    patch: &BTreeMap<String, Box<RawValue>>,
 ) -> Result<SchedulePut, Problem> {
     let raw = |value: &Value| serde_json::value::to_raw_value(value);
-    let mut members = std::collections::BTreeMap::new();
+    let mut members = BTreeMap::new();
     let mut member = |name: &str, value: Value| {
         let value = raw(&value).expect("a value is always JSON");
         members.insert(name.to_owned(), value);
@@ -415,9 +439,9 @@ fn patched(
     }
     for (name, value) in patch {
         if value.get() == "null" {
-            members.remove(&name)
+            members.remove(name)
         } else {
-            members.insert(name, value)
+            members.insert(name.clone(), value.clone())
         };
     }
     let text = serde_json::to_string(&members).expect("members are JSON");
@@ -469,20 +493,21 @@ impl Doors {
         record.ok_or_else(|| no_such_schedule(name))
     }
 
-    /// Refuses a schedule whose queue is not there, or whose payload is too large: it would find out in the night.
+    /// Refuses a schedule whose queue is not there, or that for its answers, or whose payload is too large: it would
+    /// find out in the night.
     async fn check_target(&self, schedule: &Schedule) -> Result<(), Problem> {
-        let size = schedule.message().map(|message| message.body.len()).unwrap_or_default();
-        if size > self.body_limit() {
+        let Ok(message) = schedule.message() else { return Ok(()) };
+        if message.body.len() > self.body_limit() {
             let detail = format!("a payload has at most {} bytes", self.body_limit());
             return Err(Problem::new(problem::TOO_LARGE, detail));
         }
-        if let Some(Destination::Queue(queue)) = schedule.destination()
-            && self.pump().store().queue(&queue).await?.is_none()
+        if let Destination::Queue(queue) = &message.to
+            && self.pump().store().queue(queue).await?.is_none()
         {
             let detail = format!("there is no queue {queue}; make it first");
             return Err(Invalid::new("/message/queue", detail).into());
         }
-        Ok(())
+        self.check_replies("/message/reply_to", std::slice::from_ref(&message)).await
     }
 }
 

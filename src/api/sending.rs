@@ -230,7 +230,7 @@ pub(super) async fn send(
     message: NewMessage,
     wait: Option<Duration>,
 ) -> Result<Response, Problem> {
-    doors.check_replies(std::slice::from_ref(&message)).await?;
+    doors.check_replies("reply_to", std::slice::from_ref(&message)).await?;
     // Before it is sent, so that nothing of it is missed.
     let watch = wait.map(|wait| (doors.pump().watch(message.id), wait));
     let to = message.to.clone();
@@ -415,12 +415,17 @@ impl Doors {
     }
 
     /// Refuses messages whose answers go to queues that are not there, before a handler has done its work for nothing.
-    pub(super) async fn check_replies(&self, messages: &[NewMessage]) -> Result<(), Problem> {
+    /// `pointer` is where each names its queue.
+    pub(super) async fn check_replies(
+        &self,
+        pointer: &str,
+        messages: &[NewMessage],
+    ) -> Result<(), Problem> {
         let replies = messages.iter().filter_map(|message| message.details.reply_to.as_ref());
         for queue in replies.collect::<std::collections::BTreeSet<_>>() {
             if self.pump().store().queue(queue).await?.is_none() {
                 let detail = format!("there is no queue {queue} for the answer");
-                return Err(Invalid::new("reply_to", detail).into());
+                return Err(Invalid::new(pointer, detail).into());
             }
         }
         Ok(())

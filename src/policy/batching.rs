@@ -1,6 +1,8 @@
-//! How many messages to lease ahead of the deliveries that can start now.
+//! How many messages to lease ahead of the deliveries that can start now, and how many to publish at once.
 
 use std::time::Duration;
+
+use crate::model::{Destination, NewMessage, QueueName, Subscription, TopicName, wanted_by};
 
 /// The most messages one claim takes.
 pub const LEASE_BATCH_MAX: usize = 1000;
@@ -30,6 +32,46 @@ pub fn prefetch(limit: u32, usual: Option<Usual>, in_turn: bool) -> usize {
     let ahead = f64::from(limit) * rounds;
     let fitting = AHEAD_BYTES_MAX / usual.size.max(1);
     (ahead as usize).min(2 * LEASE_BATCH_MAX).min(usize::try_from(fitting).unwrap_or(usize::MAX))
+}
+
+/// How many copies one transaction makes of what is published, so that nobody waits long behind it.
+pub const COPIES_MAX: usize = 10_000;
+
+/// How many messages to a topic go into one transaction, so that they become at most [`COPIES_MAX`] copies if every
+/// subscription wants each of them.
+pub fn published_at_once(topic: &TopicName, subscriptions: &[Subscription]) -> usize {
+    let copies = subscriptions.iter().filter(|it| it.topic == *topic).count();
+    (COPIES_MAX / copies.max(1)).max(1)
+}
+
+/// Why these messages cannot leave together with an ack, whatever stands in their queues: there are too many copies of
+/// what they publish, or a queue for an answer is not there.
+pub fn unsendable<'a, S>(
+    sent: &[NewMessage],
+    subscriptions: impl Fn(&TopicName) -> S,
+    is_there: impl Fn(&QueueName) -> bool,
+) -> Option<String>
+where
+    S: IntoIterator<Item = &'a Subscription>,
+{
+    let mut copies = 0;
+    for (place, message) in sent.iter().enumerate() {
+        if let Some(queue) = message.details.reply_to.as_ref().filter(|queue| !is_there(queue)) {
+            return Some(format!(
+                "/messages/{place} is not sent: there is no queue {queue} for its answer"
+            ));
+        }
+        if let Destination::Topic { topic, .. } = &message.to {
+            copies += wanted_by(message, subscriptions(topic)).len();
+        }
+        if copies > COPIES_MAX {
+            return Some(format!(
+                "what is published with one ack becomes at most {COPIES_MAX} copies in queues, and this becomes more; \
+                 send fewer messages with it, and the others before it as a batch to their topic, with a key"
+            ));
+        }
+    }
+    None
 }
 
 /// How many bytes of payload are held ahead, as far as messages are as large as they usually are.

@@ -3,7 +3,8 @@
 //! A message for a time has an id and a key that follow from the schedule's name and that time. It is sent first, and then
 //! the schedule is turned to its next time, by compare and swap; so a process that dies in between leaves nothing out, and
 //! the one after it sends nothing twice, because that collapses onto the first: as long as the first message is there, and
-//! for as long as its queue or topic remembers keys.
+//! for as long as its queue or topic remembers keys. Many missed times for a topic with many subscriptions are sent in
+//! parts, and the schedule is turned after each.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,9 +12,9 @@ use std::time::Duration;
 use jiff::Timestamp;
 
 use crate::model::{
-    Firing, MessageId, Schedule, ScheduleName, ScheduleRecord, ScheduleState, When,
+    Destination, Firing, MessageId, Schedule, ScheduleName, ScheduleRecord, ScheduleState, When,
 };
-use crate::policy::Times;
+use crate::policy::{Due, Times, published_at_once};
 use crate::store::{self, Enqueue, EnqueueOutcome, Enqueued, Precondition, PutSchedule, Refusal};
 
 use super::house::{House, Pumphouse};
@@ -105,7 +106,8 @@ impl Pumphouse {
     pub async fn look_at_schedules(&self) -> store::Result<()> {
         self.house().attend(false).await?;
         let mut all = Vec::new();
-        self.house().fire_what_is_due(&mut all, true).await.map(drop)
+        while !self.house().fire_what_is_due(&mut all, true).await?.is_done {}
+        Ok(())
     }
 
     /// The schedule of this name.
@@ -113,6 +115,28 @@ impl Pumphouse {
         let all = self.store().schedules().await?;
         Ok(all.into_iter().find(|record| record.name == *name))
     }
+}
+
+/// What came of a look at all schedules.
+pub(super) struct Look {
+    /// How long to wait until the next.
+    wait: Duration,
+    /// Whether nothing that is due is left to be sent, but for what finds no place.
+    is_done: bool,
+}
+
+impl Look {
+    const DONE: Self = Self { wait: LOOK_EVERY, is_done: true };
+}
+
+/// What came of a schedule that was due.
+enum Fired {
+    /// All that was due is sent, as far as there is a place for it.
+    Whole,
+    /// Some of it is.
+    Part,
+    /// Some of it is, and somebody else was faster.
+    Overtaken,
 }
 
 impl House {
@@ -123,9 +147,9 @@ impl House {
         let mut is_to_be_read = true;
         loop {
             let wait = match self.fire_what_is_due(&mut known, is_to_be_read).await {
-                Ok(wait) => {
+                Ok(look) => {
                     is_to_be_read = false;
-                    wait
+                    look.wait
                 }
                 Err(error) => {
                     let error = &error as &dyn std::error::Error;
@@ -143,33 +167,43 @@ impl House {
         }
     }
 
-    /// Fires what is due of these schedules, read again if they are to be or one is due; says how long to wait.
+    /// Fires what is due of these schedules, of each at most one part, read again if they are to be or one is due.
     pub(super) async fn fire_what_is_due(
         &self,
         known: &mut Vec<ScheduleRecord>,
         is_to_be_read: bool,
-    ) -> store::Result<Duration> {
-        let Some(now) = self.known().store_now() else { return Ok(LOOK_EVERY) };
+    ) -> store::Result<Look> {
+        let Some(now) = self.known().store_now() else { return Ok(Look::DONE) };
         let is_due = |record: &ScheduleRecord| record.state.next_at.is_some_and(|at| at <= now);
         if is_to_be_read || known.iter().any(is_due) {
             // Another replica may have turned them meanwhile.
             *known = self.store.schedules().await?;
         }
+        let mut look = Look::DONE;
         for record in known.iter_mut().filter(|record| is_due(record)) {
             // One that cannot be fired holds up no other, and is tried again in a moment.
-            if let Err(error) = self.fire(record, now).await {
-                let error = &error as &dyn std::error::Error;
-                tracing::warn!(schedule = %record.name, error, "cannot send what is due; trying again");
+            match self.fire(record, now).await {
+                Ok(Fired::Whole) => (),
+                Ok(Fired::Part) => look = Look { wait: Duration::ZERO, is_done: false },
+                // Whoever was faster goes on with it, and is not to be hindered.
+                Ok(Fired::Overtaken) => look.is_done = false,
+                Err(error) => {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(schedule = %record.name, error, "cannot send what is due; trying again");
+                }
             }
         }
-        let next = known.iter().filter_map(|record| record.state.next_at).min();
-        let until = next.map(|next| Duration::try_from(next.duration_since(now)));
-        Ok(until.map_or(LOOK_EVERY, |until| until.unwrap_or(LOOK_EVERY)))
+        let next = known.iter().filter_map(|record| record.state.next_at);
+        if let Some(next) = next.filter(|next| *next > now).min() {
+            look.wait = look.wait.min(next.duration_since(now).unsigned_abs());
+        }
+        Ok(look)
     }
 
-    /// Fires a schedule for the times that have come, and turns it to its next.
-    async fn fire(&self, record: &mut ScheduleRecord, now: Timestamp) -> store::Result<()> {
-        let Some(next_at) = record.state.next_at else { return Ok(()) };
+    /// Fires a schedule for the times that have come, or for as many of them as are sent at once, and turns it to its
+    /// next.
+    async fn fire(&self, record: &mut ScheduleRecord, now: Timestamp) -> store::Result<Fired> {
+        let Some(next_at) = record.state.next_at else { return Ok(Fired::Whole) };
         let (name, schedule) = (&record.name, &record.schedule);
         let mut state = record.state.clone();
         match Times::read(&schedule.timetable) {
@@ -179,23 +213,40 @@ impl House {
             }
             Ok(times) => {
                 let due = times.due(next_at, schedule.missed, now);
-                if due.skipped > 0 {
-                    tracing::warn!(schedule = %name, missed = due.skipped, "times were missed, and are not made up for");
+                let Due { fire, skipped, next_at } = self.at_once(schedule, due).await?;
+                if skipped > 0 {
+                    tracing::warn!(schedule = %name, missed = skipped, "times were missed, and are not made up for");
                 }
-                if !self.send(record, &mut state, &due.fire, (due.skipped, now)).await? {
-                    return Ok(());
+                if !self.send(record, &mut state, &fire, (skipped, now)).await? {
+                    return Ok(Fired::Whole);
                 }
-                state.next_at = due.next_at;
+                state.next_at = next_at;
             }
         }
+        let is_part = state.next_at.is_some_and(|at| at <= now);
         if self.store.turn_schedule(&record.name, record.version, state.clone()).await? {
             record.version += 1;
             record.state = state;
+            Ok(if is_part { Fired::Part } else { Fired::Whole })
         } else {
             // Another replica has, and what was sent here has collapsed onto what was sent there.
             record.state.next_at = state.next_at;
+            Ok(if is_part { Fired::Overtaken } else { Fired::Whole })
         }
-        Ok(())
+    }
+
+    /// What is due, as far as one transaction sends it: the rest is due next.
+    async fn at_once(&self, schedule: &Schedule, mut due: Due) -> store::Result<Due> {
+        if due.fire.len() > 1
+            && let Some(Destination::Topic { topic, .. }) = schedule.destination()
+        {
+            let at_once = published_at_once(&topic, &self.store.subscriptions().await?);
+            if let Some(first_left) = due.fire.get(at_once).copied() {
+                due.fire.truncate(at_once);
+                due.next_at = Some(first_left);
+            }
+        }
+        Ok(due)
     }
 
     /// Sends the messages for these times, and notes them in the state; `false` where a queue is full, so that it is to

@@ -2,7 +2,8 @@
 
 use jiff::Timestamp;
 
-use crate::model::{NewMessage, Settlement, State, Tries};
+use crate::model::{NewMessage, QueueName, Settlement, State, TopicName, Tries};
+use crate::policy;
 
 use super::super::{Enqueued, Error, Result, Settle, Settled, not_sent, target_gone};
 use super::books::{Books, Row, Standing, after, since};
@@ -31,6 +32,14 @@ impl Books {
 
     /// Takes in what a handler sent: all of it or nothing.
     fn send(&mut self, sent: Vec<NewMessage>, now: Timestamp) -> Result<()> {
+        let of_topic = |topic: &TopicName| {
+            let topic = topic.clone();
+            self.subscriptions.values().filter(move |it| it.topic == topic)
+        };
+        let is_there = |queue: &QueueName| self.queues.contains_key(queue);
+        if let Some(what) = policy::unsendable(&sent, of_topic, is_there) {
+            return Err(Error::Rejected { what });
+        }
         let mark = self.mark();
         for (place, message) in sent.into_iter().enumerate() {
             if let Enqueued::Refused(refusal) = self.take_in(message, now) {

@@ -79,14 +79,30 @@ where subscription.topic = any($1)";
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] = &[SUBSCRIPTIONS_OF];
 
-/// What becomes of these messages, in order. Asks the database only where one of them is published.
-pub(super) async fn arrivals<'a>(
-    connection: &mut PgConnection,
+/// Who has subscribed to the topics of some messages.
+pub(super) struct Subscribed(HashMap<TopicName, Vec<Subscription>>);
+
+impl Subscribed {
+    /// To the topics of these. Asks the database only where one of them is published.
+    pub(super) async fn to_those_of<'a>(
+        connection: &mut PgConnection,
+        messages: impl Iterator<Item = &'a NewMessage>,
+    ) -> sqlx::Result<Self> {
+        let topics = messages.filter_map(topic).collect::<HashSet<_>>();
+        Ok(Self(subscriptions(connection, topics).await?))
+    }
+
+    /// To this one.
+    pub(super) fn to(&self, topic: &TopicName) -> &[Subscription] {
+        self.0.get(topic).map_or(&[], Vec::as_slice)
+    }
+}
+
+/// What becomes of these messages, in order.
+pub(super) fn arrivals<'a>(
+    subscribed: &Subscribed,
     messages: impl Iterator<Item = &'a NewMessage>,
-) -> sqlx::Result<Vec<Arrival<'a>>> {
-    let messages = messages.collect::<Vec<_>>();
-    let topics = messages.iter().filter_map(|message| topic(message)).collect::<HashSet<_>>();
-    let subscriptions = subscriptions(connection, topics).await?;
+) -> Vec<Arrival<'a>> {
     let mut place = 0;
     let mut next = || {
         place += 1;
@@ -100,8 +116,7 @@ pub(super) async fn arrivals<'a>(
             shared: None,
         }),
         Destination::Topic { topic, require_subscribers } => {
-            let wanted = subscriptions.get(topic).into_iter().flatten();
-            let copies = topics::copies(message, wanted);
+            let copies = topics::copies(message, subscribed.to(topic));
             let is_shared = published::is_shared(message, copies.len());
             let mut first = None;
             let item = |(queue, copy): (QueueName, NewMessage)| {
@@ -115,7 +130,7 @@ pub(super) async fn arrivals<'a>(
             Arrival::Publication(Publication { topic, message, require_subscribers, copies })
         }
     };
-    Ok(messages.into_iter().map(&mut arrival).collect())
+    messages.map(&mut arrival).collect()
 }
 
 /// How many items there are, and their queues' names, each once, in one order everywhere, so that nobody who locks

@@ -15,7 +15,7 @@ use super::super::{
     Copied, Enqueue, EnqueueOutcome, Enqueued, NewLease, Place, Published, Receipt, Refusal,
     count_enqueued, is_new, published::Incoming, refusals, topics,
 };
-use super::arrivals::{Arrival, Item, Publication, arrivals};
+use super::arrivals::{Arrival, Item, Publication, Subscribed, arrivals};
 use super::at_once;
 use super::facts::{Answer, Care, Facts, Key, KeyName, Known, Of, Patience};
 use super::fault::Trouble;
@@ -88,8 +88,9 @@ async fn enqueue(
     care: (Care, Patience),
 ) -> Committed<EnqueueOutcome> {
     let mut transaction = connection.begin().await.map_err(Trouble::unbegun)?;
-    let messages = calls.iter().flat_map(|call| &call.messages);
-    let arrivals = arrivals(&mut transaction, messages).await?;
+    let messages = || calls.iter().flat_map(|call| &call.messages);
+    let subscribed = Subscribed::to_those_of(&mut transaction, messages()).await?;
+    let arrivals = arrivals(&subscribed, messages());
     let batches = calls.iter().filter_map(|call| batch(call)).collect::<Vec<_>>();
     let facts = Facts::find(&mut transaction, &arrivals, &batches, care).await?;
     let mut plan = Plan::new(facts, pumps);

@@ -5,8 +5,11 @@ use std::time::Duration;
 
 use sqlx::{Connection, PgConnection, Row, query};
 
+use crate::model::QueueName;
+use crate::policy::unsendable;
+
 use super::super::{Enqueued, Settle, Settled, not_sent};
-use super::arrivals::{Arrival, arrivals};
+use super::arrivals::{Arrival, Subscribed, arrivals};
 use super::enqueue::Plan;
 use super::facts::{Care, Facts, Patience, lock_names};
 use super::fault::Trouble;
@@ -14,7 +17,7 @@ use super::settle::{Answer, rounds, sent, target, write};
 use super::writer::{Committed, Done, Pumps};
 
 /// The statements of this file.
-pub(super) const STATEMENTS: &[&str] = &[LOCK_HELD];
+pub(super) const STATEMENTS: &[&str] = &[LOCK_HELD, QUEUES_NAMED];
 
 /// Settles, and takes in what was sent along with acks.
 pub(super) async fn settle_and_send(
@@ -27,16 +30,15 @@ pub(super) async fn settle_and_send(
     // Before anything else, so that no queue is deleted while messages come to it.
     lock_names(&mut transaction, calls.iter().filter_map(|call| target(call))).await?;
     let mut answers = lock_those_that_send(&mut transaction, calls).await?;
-    let held = calls.iter().zip(&answers).filter(|(_, answer)| **answer != LOST);
-    let all_sent = held.flat_map(|(call, _)| sent(call));
-    let arrivals = arrivals(&mut transaction, all_sent).await?;
+    let subscribed = refuse_unsendable(&mut transaction, calls, &mut answers).await?;
+    let held = calls.iter().zip(&answers).filter(|(_, answer)| is_kept(answer));
+    let arrivals = arrivals(&subscribed, held.flat_map(|(call, _)| sent(call)));
     let mut plan = None;
     if !arrivals.is_empty() {
         let facts = Facts::find(&mut transaction, &arrivals, &[], care).await?;
         plan = Some(take_in(Plan::new(facts, pumps), arrivals, calls, &mut answers));
     }
-    let kept = |answer: &Answer| matches!(answer, Ok(Settled::Done { .. }));
-    let chosen = (0..calls.len()).filter(|at| kept(&answers[*at])).collect::<Vec<_>>();
+    let chosen = (0..calls.len()).filter(|at| is_kept(&answers[*at])).collect::<Vec<_>>();
     let chosen_calls = chosen.iter().map(|at| calls[*at]).collect::<Vec<_>>();
     let (settled, mut word) =
         write(&mut transaction, &chosen_calls, &rounds(&chosen_calls)).await?;
@@ -58,6 +60,44 @@ pub(super) async fn settle_and_send(
 }
 
 const LOST: Answer = Ok(Settled::LeaseLost);
+
+/// Whether a settlement is still to be written.
+fn is_kept(answer: &Answer) -> bool {
+    matches!(answer, Ok(Settled::Done { .. }))
+}
+
+// Lives on: the unique index of queue on name.
+const QUEUES_NAMED: &str = "\
+select name
+from queue
+where name = any($1)";
+
+/// Refuses what cannot be sent, before any copy of it is made; says who has subscribed to what the others publish.
+async fn refuse_unsendable(
+    connection: &mut PgConnection,
+    calls: &[&Settle],
+    answers: &mut [Answer],
+) -> sqlx::Result<Subscribed> {
+    let all_sent = calls.iter().zip(&*answers).filter(|(_, answer)| is_kept(answer));
+    let all_sent = all_sent.flat_map(|(call, _)| sent(call)).collect::<Vec<_>>();
+    let subscribed = Subscribed::to_those_of(connection, all_sent.iter().copied()).await?;
+    let wanted = all_sent.iter().filter_map(|message| message.details.reply_to.as_ref());
+    let wanted = wanted.map(QueueName::as_str).collect::<HashSet<_>>();
+    let mut there = HashSet::new();
+    if !wanted.is_empty() {
+        let wanted = wanted.into_iter().collect::<Vec<_>>();
+        for row in query(QUEUES_NAMED).bind(wanted).fetch_all(connection).await? {
+            there.insert(row.try_get::<String, _>("name")?);
+        }
+    }
+    let is_there = |queue: &QueueName| there.contains(queue.as_str());
+    for (call, answer) in calls.iter().zip(answers).filter(|(_, answer)| is_kept(answer)) {
+        if let Some(what) = unsendable(sent(call), |topic| subscribed.to(topic), is_there) {
+            *answer = Err(what);
+        }
+    }
+    Ok(subscribed)
+}
 
 // Lives on: the primary keys of lease and queue.
 const LOCK_HELD: &str = "\
@@ -98,7 +138,7 @@ async fn lock_those_that_send(
     Ok(calls.iter().enumerate().map(answer).collect())
 }
 
-/// Plans to take in what these calls send, but for those that have lost their leases. What is refused is found out before
+/// Plans to take in what these calls send, but for those that have lost their leases or are refused. What is refused is found out before
 /// anything is written, so that it fails for its own handler alone.
 fn take_in<'a>(
     mut plan: Plan<'a>,
@@ -107,7 +147,7 @@ fn take_in<'a>(
     answers: &mut [Answer],
 ) -> Plan<'a> {
     let mut arrivals = arrivals.into_iter();
-    for (call, answer) in calls.iter().zip(answers).filter(|(_, answer)| **answer != LOST) {
+    for (call, answer) in calls.iter().zip(answers).filter(|(_, answer)| is_kept(answer)) {
         let mark = plan.mark();
         for (number, arrival) in arrivals.by_ref().take(sent(call).len()).enumerate() {
             if answer.is_err() {

@@ -377,7 +377,12 @@ impl Queues {
         topic: &TopicName,
         message: &NewMessage,
     ) -> Vec<(QueueName, NewMessage)> {
-        super::super::topics::copies(message, self.subscriptions.get(topic).into_iter().flatten())
+        super::super::topics::copies(message, self.subscribed(topic))
+    }
+
+    /// Who has subscribed to a topic.
+    pub(super) fn subscribed(&self, topic: &TopicName) -> &[Subscription] {
+        self.subscriptions.get(topic).map_or(&[], Vec::as_slice)
     }
 
     /// Their numbers, as a JSON list.

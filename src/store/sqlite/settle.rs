@@ -5,7 +5,10 @@ use std::collections::HashMap;
 
 use sqlx::{Row, query};
 
-use crate::model::{DELIVERIES_KEPT, DeliveryRecord, NewMessage, Settlement, State, Token};
+use crate::model::{
+    DELIVERIES_KEPT, DeliveryRecord, NewMessage, QueueName, Settlement, State, Token,
+};
+use crate::policy;
 
 use super::super::{Enqueued, Error, Result, Settle, Settled, not_sent, target_gone};
 use super::desk::{Desk, Held};
@@ -15,11 +18,13 @@ use super::rows::{self, Insert, Rows, Statement};
 
 /// Settles one after the other, as if each were alone; what handlers sent goes into the plan.
 ///
-/// A settlement that is refused for what it wanted to send is an error of its own and changes nothing.
+/// A settlement that is refused for what it wanted to send is an error of its own and changes nothing; `unsendable` is
+/// what was found out of that before, one after the other too.
 pub(super) async fn settle<'a>(
     desk: &mut Desk,
     plan: &mut Plan<'a>,
     settles: &[&'a Settle],
+    unsendable: Vec<Option<String>>,
 ) -> sqlx::Result<Vec<Result<Settled>>> {
     if settles.is_empty() {
         return Ok(Vec::new());
@@ -27,11 +32,23 @@ pub(super) async fn settle<'a>(
     let mut held = load_held(desk, settles).await?;
     let mut answers = Vec::with_capacity(settles.len());
     let mut changes = Changes::default();
-    for settle in settles {
-        answers.push(decide(desk, plan, &mut held, &mut changes, settle));
+    for (settle, unsendable) in settles.iter().zip(unsendable) {
+        answers.push(decide(desk, plan, &mut held, &mut changes, (settle, unsendable)));
     }
     write(desk, changes).await?;
     Ok(answers)
+}
+
+/// What leaves together with this settlement.
+pub(super) fn sent(settle: &Settle) -> &[NewMessage] {
+    if settle.settlement == Settlement::Ack { &settle.sent } else { &[] }
+}
+
+/// Why what leaves together with this settlement cannot be taken in, as far as is known by heart. To be asked first, so
+/// that nothing is read for copies that are too many.
+pub(super) fn unsendable(desk: &Desk, settle: &Settle) -> Option<String> {
+    let is_there = |queue: &QueueName| !matches!(desk.queues.named(queue), Ok(None));
+    policy::unsendable(sent(settle), |topic| desk.queues.subscribed(topic), is_there)
 }
 
 // Lives on: the primary keys of message and queue.
@@ -80,16 +97,17 @@ fn decide<'a>(
     plan: &mut Plan<'a>,
     held: &mut HashMap<i64, Held>,
     changes: &mut Changes<'a>,
-    settle: &'a Settle,
+    (settle, unsendable): (&'a Settle, Option<String>),
 ) -> Result<Settled> {
     let lease = &settle.lease;
     let is_held = |message: &Held| message.token == lease.token && message.id == lease.id;
     if !held.get(&lease.seq).is_some_and(is_held) {
         return Ok(Settled::LeaseLost);
     }
-    if settle.settlement == Settlement::Ack {
-        send(desk, plan, &settle.sent)?;
+    if let Some(what) = unsendable {
+        return Err(Error::Rejected { what });
     }
+    send(desk, plan, sent(settle))?;
     let target = match &settle.settlement {
         Settlement::Move { to_queue, .. } => desk.queues.named(to_queue).map_err(of_one)?,
         _ => None,

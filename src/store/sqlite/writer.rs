@@ -299,12 +299,14 @@ async fn attempt(desk: &mut Desk, batch: &Batch) -> Result<Answers, Failed> {
 async fn apply(desk: &mut Desk, batch: &Batch) -> sqlx::Result<Answers> {
     let settles = batch.settles.iter().map(|(settle, _)| &**settle).collect::<Vec<_>>();
     let calls = batch.enqueues.iter().map(|(enqueue, _)| enqueue).collect::<Vec<_>>();
-    let acks = settles.iter().filter(|settle| settle.settlement == Settlement::Ack);
-    let sent = acks.flat_map(|settle| &settle.sent);
+    let unsendable = settles.iter().map(|settle| settle::unsendable(desk, settle));
+    let unsendable = unsendable.collect::<Vec<_>>();
+    let sendable = settles.iter().zip(&unsendable).filter(|(_, why)| why.is_none());
+    let sent = sendable.flat_map(|(settle, _)| settle::sent(settle));
     let sent = sent.chain(calls.iter().flat_map(|call| &call.messages)).collect::<Vec<_>>();
 
     let mut plan = Plan::load(desk, &sent, &calls).await?;
-    let settles = settle::settle(desk, &mut plan, &settles).await?;
+    let settles = settle::settle(desk, &mut plan, &settles, unsendable).await?;
     let enqueues = enqueue::plan_calls(desk, &mut plan, calls.iter().copied());
     let handed = plan.write(desk).await?;
     groups::line_up(desk).await?;

@@ -81,6 +81,8 @@ macro_rules! conformance {
             a_full_queue_refuses_the_whole_publish,
             a_payload_of_several_lasts_as_long_as_the_last,
             what_a_handler_publishes_comes_with_its_ack,
+            what_a_handler_publishes_becomes_no_more_copies_than_one_transaction_makes,
+            what_wants_its_answer_in_no_queue_does_not_go_with_an_ack,
             a_publish_under_a_known_name_collapses_queue_by_queue,
         );
         keeps!($stage; outside:

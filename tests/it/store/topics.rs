@@ -5,10 +5,10 @@ use pumphouse::model::{
     Subscription, SubscriptionFilter, SubscriptionName, TopicName,
 };
 use pumphouse::store::{
-    EnqueueOutcome, Enqueued, Precondition, Published, PutSubscription, Refusal, Settled,
+    EnqueueOutcome, Enqueued, Error, Precondition, Published, PutSubscription, Refusal, Settled,
 };
 
-use crate::support::stage::{ALL, Stage, all_or_none, message, queue_name, text};
+use crate::support::stage::{ALL, Stage, all_or_none, message, queue_name, settle, text};
 
 pub(crate) fn topic(name: &str) -> TopicName {
     TopicName::parse(name).unwrap()
@@ -194,6 +194,61 @@ pub(crate) async fn what_a_handler_publishes_comes_with_its_ack(stage: Stage) {
     let again = stage.settle_and_send(&leased, Settlement::Ack, sent).await;
     assert_eq!(again, Settled::LeaseLost);
     assert_eq!(stage.depth(&a).await.ready, 2);
+}
+
+pub(crate) async fn what_a_handler_publishes_becomes_no_more_copies_than_one_transaction_makes(
+    stage: Stage,
+) {
+    let orders = topic("orders");
+    let from = stage.queue("from").await;
+    let subscribers = ["a", "b", "c", "d", "e", "f", "g", "h", "i", "j", "k"];
+    for name in subscribers {
+        let queue = stage.queue(name).await;
+        subscribe(&stage, &orders, &queue, (name == "k").then_some("rare")).await;
+    }
+    stage.send_to(&from, "parent").await;
+    let leased = stage.claim_one(&from).await;
+    let send = |kinds: [&str; 2]| {
+        let of_kind = |kind: &str| NewMessage {
+            kind: Some(kind.to_owned()),
+            ..NewMessage::new(orders.clone(), "x")
+        };
+        let mut sent = (0..999).map(|_| of_kind(kinds[0])).collect::<Vec<_>>();
+        sent.push(of_kind(kinds[1]));
+        stage.store.settle(settle(&leased, Settlement::Ack, sent))
+    };
+    // Only copies count, not all who have subscribed.
+    let refused = send(["usual", "rare"]).await;
+    assert!(matches!(refused, Err(Error::Rejected { .. })), "{refused:?}");
+    assert_eq!(stage.record(leased.lease.id).await.state, State::Leased);
+    for name in subscribers {
+        assert_eq!(stage.depth(&queue_name(name)).await.ready, 0, "nothing is sent");
+    }
+    assert!(matches!(send(["usual", "usual"]).await, Ok(Settled::Done { .. })));
+    for name in &subscribers[..10] {
+        assert_eq!(stage.depth(&queue_name(name)).await.ready, 1000);
+    }
+    assert_eq!(stage.depth(&queue_name("k")).await.ready, 0);
+}
+
+pub(crate) async fn what_wants_its_answer_in_no_queue_does_not_go_with_an_ack(stage: Stage) {
+    let (from, next) = (stage.queue("from").await, stage.queue("next").await);
+    let answers = stage.queue("answers").await;
+    stage.send_to(&from, "parent").await;
+    let leased = stage.claim_one(&from).await;
+    let asks = |reply_to: &QueueName| {
+        let mut asking = message(&next, "question");
+        asking.details.reply_to = Some(reply_to.clone());
+        let sent = vec![message(&next, "plain"), asking];
+        stage.store.settle(settle(&leased, Settlement::Ack, sent))
+    };
+    let Err(Error::Rejected { what }) = asks(&queue_name("missing")).await else {
+        panic!("there is no such queue");
+    };
+    assert!(what.contains("/messages/1") && what.contains("missing"), "{what}");
+    assert_eq!(stage.depth(&next).await.ready, 0, "all or nothing");
+    assert!(matches!(asks(&answers).await, Ok(Settled::Done { .. })));
+    assert_eq!(stage.depth(&next).await.ready, 2);
 }
 
 pub(crate) async fn a_publish_under_a_known_name_collapses_queue_by_queue(stage: Stage) {

@@ -6,7 +6,7 @@ use futures::future::join_all;
 use http::Method;
 use jiff::Timestamp;
 use pumphouse::clock::{Clock, SystemClock};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::support::client::{Client, ask, number, text};
 use crate::support::process::{Database, Process};
@@ -54,17 +54,42 @@ async fn whoever_waits_hears_how_it_ended(database: Database) {
     assert_eq!((first.status, second.status), (200, 200));
     assert_eq!(first.id(), second.id());
     assert_eq!(text(&second.json(), "/state"), "completed");
-    // Another process settles it.
     if let Database::Postgres(_) = scene.database {
-        let other = Process::start(&scene.database, &[]).await;
-        let answers = join_all((0..20).map(|_| wait_for(&scene.client, "well", "10s"))).await;
-        assert!(answers.iter().all(|answer| answer.status == 200));
-        drop(other);
+        another_process_settles_it(&scene).await;
     }
     for wrong in ["61s", "soon", "-1"] {
         wait_for(&scene.client, "well", wrong).await.expect(422);
     }
     wait_for(&scene.client, "missing", "1s").await.expect_problem(404, "no-such-queue");
+}
+
+/// Who waits at one process hears of what a worker says to another one.
+async fn another_process_settles_it(scene: &Scene) {
+    let other = Process::start(&scene.database, &["--replica", "other"]).await;
+    scene.client.put_queue("outside", &json!({"handler": {"kind": "pull"}})).await;
+    let waits = join_all((0..20).map(|_| wait_for(&scene.client, "outside", "20s")));
+    let works = async {
+        let (client, mut done) = (other.client(), 0);
+        while done < 20 {
+            let wanted = json!({"max": 20, "wait": "10s"});
+            let held = client.post("/v1/queues/outside/leases", &wanted).await.expect(200).json();
+            let leases = held["leases"].as_array().expect("leases");
+            assert!(!leases.is_empty(), "there is more to do");
+            let ack = |lease: &Value| json!({"token": lease["token"], "verdict": "ack"});
+            let said = leases.iter().map(ack).collect::<Vec<_>>();
+            let said = client.post("/v1/leases/settle", &json!({"settlements": said})).await;
+            let heard = said.expect(207).json();
+            let heard = heard["items"].as_array().expect("items");
+            assert!(heard.iter().all(|item| item["status"] == 200), "{heard:?}");
+            done += leases.len();
+        }
+    };
+    let (answers, ()) = tokio::join!(waits, works);
+    for answer in answers {
+        let body = answer.expect(200).json();
+        let by = (text(&body, "/state"), text(&body, "/deliveries/0/replica"));
+        assert_eq!(by, ("completed".to_owned(), "other".to_owned()), "{body}");
+    }
 }
 
 async fn an_answer_is_sent_on(database: Database) {
@@ -94,6 +119,24 @@ async fn an_answer_is_sent_on(database: Database) {
     assert_eq!(ask(request).await.expect(422).pointers(), ["reply_to"]);
     let request = scene.client.message_to("ask", "x").header("pumphouse-reply-to", "NO");
     assert_eq!(ask(request).await.expect(422).pointers(), ["pumphouse-reply-to"]);
+    // What is sent with an ack may want an answer too.
+    scene.client.put_queue("jobs", &json!({"handler": {"kind": "pull"}})).await;
+    let parent = scene.client.send("jobs", "x").await;
+    let held =
+        scene.client.post("/v1/queues/jobs/leases", &json!({"wait": "5s"})).await.expect(200);
+    let token = text(&held.json(), "/leases/0/token");
+    let ack = async |reply_to: &str| {
+        let message = json!({"queue": "ask", "payload": 1, "reply_to": reply_to});
+        let said = json!({"token": token, "verdict": "ack", "messages": [message]});
+        let said = json!({"settlements": [said]});
+        scene.client.post("/v1/leases/settle", &said).await.expect(207).json()["items"][0].clone()
+    };
+    let refused = ack("missing").await;
+    assert_eq!(number(&refused, "/status"), 422, "{refused}");
+    let detail = text(&refused, "/problem/errors/0/detail");
+    assert!(detail.contains("/messages/0") && detail.contains("no queue missing"), "{detail}");
+    assert_eq!(scene.client.state(&parent).await, "leased");
+    assert_eq!(number(&ack("answers").await, "/status"), 200);
     // A worker's answer.
     scene.client.put_queue("jobs", &json!({"handler": {"kind": "pull"}})).await;
     scene.client.send_envelope("jobs", &json!({"payload": 1, "reply_to": "answers"})).await;

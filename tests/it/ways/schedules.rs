@@ -18,6 +18,7 @@ use crate::support::{eventually, on_both};
 
 on_both! {
     a_schedule_sends_once_however_many_processes_turn_it
+    changes_at_one_time_are_all_made
 }
 
 /// A house on a file, with a clock that the test owns.
@@ -224,6 +225,57 @@ async fn an_hour_without_a_process_is_made_up_for_as_the_policy_says() {
 }
 
 #[tokio::test]
+async fn many_missed_times_for_many_subscribers_are_sent_in_parts() {
+    let mut house = Owned::new("2026-01-01T00:00:00Z").await;
+    let topic = pumphouse::model::TopicName::parse("many").unwrap();
+    // So of a thousand times 250 are one part.
+    const SUBSCRIBERS: usize = 40;
+    for number in 0..SUBSCRIBERS {
+        let name = format!("s{number}");
+        let queue = QueueName::parse(&name).unwrap();
+        let store = house.pump.store();
+        store.put_queue(&queue, QueueSettings::default(), Precondition::None).await.unwrap();
+        let subscription = pumphouse::model::Subscription {
+            topic: topic.clone(),
+            name: pumphouse::model::SubscriptionName::parse(&name).unwrap(),
+            queue,
+            filter: Default::default(),
+        };
+        store.put_subscription(subscription).await.unwrap();
+    }
+    let schedule = json!({
+        "timetable": {"cron": {"expression": "* * * * *", "time_zone": "UTC"}},
+        "message": {"topic": "many", "payload": 1},
+        "missed": {"all": {"max": 1000}}, "paused": false,
+    });
+    let name = pumphouse::model::ScheduleName::parse("minutely").unwrap();
+    let schedule = serde_json::from_value(schedule).unwrap();
+    house.pump.put_schedule(&name, schedule, Precondition::None).await.unwrap();
+    let record = async |house: &Owned| house.pump.schedule(&name).await.unwrap().unwrap();
+    let before = record(&house).await;
+    let each_once = async |house: &Owned| {
+        let depths = house.pump.store().depths().await.unwrap();
+        let subscribed = depths.iter().filter(|depth| depth.queue.as_str() != "ticks");
+        let ready = subscribed.map(|depth| depth.ready).collect::<Vec<_>>();
+        assert_eq!(ready, [1000; SUBSCRIBERS], "each time once in each queue");
+    };
+    house.is_down_until("2026-01-01T16:40:30Z").await;
+    each_once(&house).await;
+    let after = record(&house).await;
+    assert_eq!(after.version - before.version, 4, "it was turned after each part");
+    assert_eq!(after.state.next_at, Some(at("2026-01-01T16:41:00Z")));
+    assert!(after.state.firings.iter().all(|it| it.problem.is_none() && it.skipped == 0));
+    // As a crash leaves it between the second part and its turn: what was sent collapses.
+    let mut state = after.state.clone();
+    state.next_at = Some(at("2026-01-01T04:11:00Z"));
+    assert!(house.pump.store().turn_schedule(&name, after.version, state).await.unwrap());
+    house.pump.look_at_schedules().await.unwrap();
+    each_once(&house).await;
+    assert_eq!(record(&house).await.state.next_at, Some(at("2026-01-01T16:41:00Z")));
+    house.pump.shut_down(Duration::ZERO).await;
+}
+
+#[tokio::test]
 async fn a_full_queue_is_tried_again_and_a_missing_one_is_noted() {
     let house = Owned::new("2026-01-01T11:55:00Z").await;
     let queue = QueueName::parse("ticks").unwrap();
@@ -306,6 +358,51 @@ async fn a_schedule_sends_once_however_many_processes_turn_it(database: Database
     drop(other);
 }
 
+async fn changes_at_one_time_are_all_made(database: Database) {
+    let scene = Scene::on(database).await;
+    scene.queue_with("q", json!({"concurrency": {"limit": 0}})).await;
+    let client = &scene.client;
+    let path = "/admin/v1/schedules/s";
+    let body = json!({"cron": "30 2 * * *", "message": {"queue": "q", "payload": 0}});
+    client.put(path, &body).await.expect(201);
+    for round in 1..=10 {
+        let paused = round % 2 == 1;
+        let (cron, missed) = (format!("{round} 3 * * *"), json!({"all": round}));
+        let message = json!({"queue": "q", "payload": round});
+        let zone = if paused { "Europe/Berlin" } else { "UTC" };
+        let verb = if paused { "pause" } else { "resume" };
+        let (a, b, c) =
+            (json!({"cron": cron}), json!({"missed": missed}), json!({"time_zone": zone}));
+        let (d, pause) = (json!({"message": message}), format!("{path}/{verb}"));
+        let answers = tokio::join!(
+            client.patch(path, &a),
+            client.patch(path, &b),
+            client.patch(path, &c),
+            client.patch(path, &d),
+            client.post_nothing(&pause),
+        );
+        for answer in [answers.0, answers.1, answers.2, answers.3, answers.4] {
+            answer.expect(200);
+        }
+        let found = client.get(path).await.expect(200).json();
+        let said = json!([cron, missed, zone, message, paused]);
+        let names = ["cron", "missed", "time_zone", "message", "paused"];
+        assert_eq!(json!(names.map(|name| found[name].clone())), said);
+    }
+    // Who says what it must be hears that it is something else.
+    let etag = client.get(path).await.expect(200).header("etag").to_owned();
+    let patch = |hour: u32| {
+        let request = client.request(http::Method::PATCH, path).header("if-match", &etag);
+        let request = request.header("content-type", "application/merge-patch+json");
+        request.body(json!({"cron": format!("0 {hour} * * *")}).to_string())
+    };
+    let ask = crate::support::client::ask;
+    let answers = tokio::join!(ask(patch(4)), ask(patch(5)), ask(patch(6)));
+    let mut statuses = [answers.0.status, answers.1.status, answers.2.status];
+    statuses.sort_unstable();
+    assert_eq!(statuses, [200, 412, 412]);
+}
+
 #[tokio::test]
 async fn schedules_are_made_changed_and_refused() {
     let scene = Scene::new().await;
@@ -327,6 +424,10 @@ async fn schedules_are_made_changed_and_refused() {
         (json!({"cron": "* * * * *", "from": "2026-01-01T00:00:00Z", "message": message}), "/from"),
         (json!({"every": "1s", "message": {"payload": 1}}), "/message/queue"),
         (json!({"every": "1s", "message": {"queue": "missing", "payload": 1}}), "/message/queue"),
+        (
+            json!({"every": "1s", "message": {"queue": "q", "payload": 1, "reply_to": "missing"}}),
+            "/message/reply_to",
+        ),
         (json!({"every": "1s", "message": {"queue": "q"}}), "/message/payload"),
         (json!({"every": "1s", "message": {"queue": "q", "payload": 1, "x": 1}}), "/message/x"),
         (
@@ -354,6 +455,9 @@ async fn schedules_are_made_changed_and_refused() {
         client.patch(path, &json!({"every": "2h", "paused": false})).await.expect(200).json();
     assert_eq!((text(&every, "/every"), every.get("cron")), ("2h".to_owned(), None));
     client.patch(path, &json!({"message": {"queue": "q"}})).await.expect(422);
+    let unanswered = json!({"message": {"queue": "q", "payload": 1, "reply_to": "missing"}});
+    let refused = client.patch(path, &unanswered).await.expect(422);
+    assert_eq!(refused.pointers(), ["/message/reply_to"]);
     let listed = client.get("/admin/v1/schedules").await.expect(200).json();
     assert_eq!(listed["items"].as_array().unwrap().len(), 1);
     assert_eq!(listed["items"][0]["next_at"], every["next_at"]);
