@@ -109,9 +109,9 @@ async fn post_batch(
 
 /// Publish many messages to a topic.
 ///
-/// The same for a topic: each message becomes a copy in each queue that wants it. One that makes more than 10,000 copies
-/// is sent in parts; where one of them fails, its messages and those after it have the problem, and a repeat with the same
-/// `Idempotency-Key` sends these.
+/// The same for a topic: each message becomes a copy in each queue that wants it. One that could make more than 10,000
+/// copies is sent in parts; where one of them fails, its messages and those after it have the problem, and a repeat with
+/// the same `Idempotency-Key` sends these.
 #[utoipa::path(post, path = "/v1/topics/{topic}/messages/batch", tag = "sending",
     params(("topic" = String, Path, description = "The topic's name"), PublishBatchQuery,
         ("Idempotency-Key" = Option<String>, Header, description = "Covers the whole batch")),

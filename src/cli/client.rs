@@ -68,6 +68,11 @@ impl Refused {
     pub(super) fn is_for_now(&self) -> bool {
         matches!(self.status, 429 | 502 | 503 | 504) || self.code == "idempotency-key-in-use"
     }
+
+    /// Whether surely nothing was kept of it, so that it may be sent under another key.
+    pub(super) fn is_surely_not_kept(&self) -> bool {
+        self.status == 429
+    }
 }
 
 /// Whether the same may go well a little later: no answer, or one that was for now.

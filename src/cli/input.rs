@@ -15,7 +15,7 @@ const REQUEST_MAX: usize = 16 << 20;
 /// How long a batch waits for more lines.
 const GATHERED_FOR: Duration = Duration::from_millis(200);
 /// How many lines are read ahead; few, because each may be as long as a request.
-const AHEAD: usize = 64;
+const AHEAD: usize = 8;
 
 /// Standard input, in batches.
 #[derive(Debug)]

@@ -81,6 +81,9 @@ impl Sender<'_> {
             for ((line, _), item) in lines.iter().zip(&items) {
                 // What was answered in an earlier round is only repeated here.
                 if !open.contains(line) {
+                    if item["status"] == 201 {
+                        self.tally.tell_of_twice(*line);
+                    }
                     continue;
                 }
                 match Refused::of_item(item) {
@@ -90,15 +93,15 @@ impl Sender<'_> {
                 }
             }
             self.tally.show();
+            if left.len() < open.len() {
+                self.full.goes_on();
+            }
             let Some((line, why)) = left.first() else {
                 if round == 1 {
                     self.full.is_over();
                 }
                 return Ok(());
             };
-            if round > 1 && left.len() < open.len() {
-                self.full.goes_on();
-            }
             self.tally.clear();
             let why = Error::new(why.clone()).context(format!("line {line} is refused for now"));
             if self.full.after(why).await.is_err() {
@@ -107,10 +110,12 @@ impl Sender<'_> {
                 }
                 return Ok(());
             }
+            let may_be_kept = left.iter().any(|(_, refused)| !refused.is_surely_not_kept());
             open = left.into_iter().map(|(line, _)| line).collect();
-            // Another run with the same key has to find all of the batch under one key. Else only what is open goes
-            // again, so that it does not matter for how long the queue remembers the others.
-            if !self.is_repeatable {
+            // Another run with the same key has to find all of the batch under one key, and only under its key is that
+            // taken once of which nobody knows whether it was kept. Else only what is open goes again, so that it does
+            // not matter for how long the queue remembers the others.
+            if !self.is_repeatable && !may_be_kept {
                 lines.retain(|(line, _)| open.contains(line));
                 key = format!("{}-{number}-{round}", self.run);
             }
@@ -187,6 +192,13 @@ impl Tally {
         self.refused += 1;
         self.clear();
         tell(&format!("line {line}: {why}\n"));
+    }
+
+    /// Says that a line that had been taken was taken once more.
+    fn tell_of_twice(&self, line: u64) {
+        self.clear();
+        let why = "it was sent again with others, and the queue had forgotten its key by then (dedup_window)";
+        tell(&format!("line {line} is there twice: {why}\n"));
     }
 
     /// Shows how far it is, on a terminal and from time to time. What is said next is written over it.

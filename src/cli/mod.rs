@@ -134,7 +134,7 @@ Examples:
   pumphouse send emails --lines < envelopes.ndjson           many, with progress
 
 With --lines each line is an envelope, as in {\"payload\": {\"to\": \"ada\"}, \"type\": \"welcome\"}. A
-batch whose answer was lost is sent again under its key, and taken once; lines that a full queue
+batch whose answer was lost is sent again under its key, and taken once, while the queue remembers keys (dedup_window); lines that a full queue
 has no room for are sent again for a while. Every line that is refused is named with its number.
 With --key the same input again is the same messages; lines then wait until 500 of them, or
 4 MiB, are there or the input ends.";

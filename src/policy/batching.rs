@@ -35,9 +35,9 @@ pub fn prefetch(limit: u32, usual: Option<Usual>, in_turn: bool) -> usize {
 }
 
 /// How many copies one transaction makes of what is published, so that nobody waits long behind it.
-pub const COPIES_MAX: usize = 10_000;
+const COPIES_MAX: usize = 10_000;
 
-/// How many messages to a topic go into one transaction, so that they become at most [`COPIES_MAX`] copies if every
+/// How many messages to a topic go into one transaction, so that they become at most 10,000 copies if every
 /// subscription wants each of them.
 pub fn published_at_once(topic: &TopicName, subscriptions: &[Subscription]) -> usize {
     let copies = subscriptions.iter().filter(|it| it.topic == *topic).count();

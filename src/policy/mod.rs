@@ -13,7 +13,7 @@ mod timetable;
 
 pub use adaptive::{Adaptive, Load, Sample};
 pub use backoff::wait;
-pub use batching::{COPIES_MAX, LEASE_BATCH_MAX, Usual, prefetch, published_at_once, unsendable};
+pub use batching::{LEASE_BATCH_MAX, Usual, prefetch, published_at_once, unsendable};
 pub use care::company;
 pub use rate::{Bucket, Rate};
 pub use recovery::{Decision, after_failure, after_probe, after_verdict, after_word, says_ill};

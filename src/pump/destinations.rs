@@ -29,6 +29,8 @@ struct Host {
     entered_at: Instant,
     /// When the next who comes in vain may come again: one after the other, as places are usually given back.
     free_at: Instant,
+    /// How long a place was taken to be held when that was reckoned last.
+    reckoned: Duration,
 }
 
 /// A place among the deliveries to a host, given back when it is dropped.
@@ -54,7 +56,8 @@ impl Destinations {
             let host = hosts.of(name, now);
             if host.open >= limit {
                 let held = now.saturating_duration_since(host.entered_at);
-                let each = host.usual.unwrap_or(GUESS).max(held) / limit.max(1);
+                host.reckoned = host.usual.unwrap_or(GUESS).max(held);
+                let each = host.reckoned / limit.max(1);
                 host.free_at = (host.free_at.max(now) + each).min(now + WAIT_MAX);
                 return Err((host.free_at - now).max(WAIT_MIN));
             }
@@ -69,7 +72,14 @@ impl Destinations {
         let Some(host) = hosts.by_name.get_mut(host) else { return };
         host.open -= 1;
         let held = now.saturating_duration_since(since);
-        host.usual = Some(host.usual.map_or(held, |usual| (usual * 3 + held) / 4));
+        let usual = host.usual.map_or(held, |usual| (usual * 3 + held) / 4);
+        host.usual = Some(usual);
+        // It is faster than it was taken to be, so that the next who come need not line up behind so long a time.
+        if usual < host.reckoned && host.free_at > now {
+            let faster = usual.as_secs_f64() / host.reckoned.as_secs_f64();
+            host.free_at = now + (host.free_at - now).mul_f64(faster);
+            host.reckoned = usual;
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, Hosts> {
@@ -84,7 +94,7 @@ impl Hosts {
             self.by_name.retain(|_, host| host.open > 0 || host.free_at > now);
             self.crowd = (self.by_name.len() * 2).max(CROWD_MIN);
         }
-        let new = || Host { open: 0, usual: None, entered_at: now, free_at: now };
+        let new = || Host { open: 0, usual: None, entered_at: now, free_at: now, reckoned: GUESS };
         self.by_name.entry(name.to_owned()).or_insert_with(new)
     }
 }
@@ -167,6 +177,23 @@ mod tests {
             WAIT_MAX / 2,
             "the places are held for so long by now"
         );
+    }
+
+    #[test]
+    fn a_host_that_is_fast_again_is_soon_taken_for_fast() {
+        let (all, start) = (Arc::new(Destinations::default()), Instant::now());
+        let places = [enter(&all, "a", start).unwrap(), enter(&all, "a", start).unwrap()];
+        let mut now = start + Duration::from_secs(30);
+        (0..100).for_each(|_| assert!(enter(&all, "a", now).is_err()));
+        assert_eq!(enter(&all, "a", now).unwrap_err(), WAIT_MAX);
+        places.into_iter().for_each(|place| leave(place, now));
+        for _ in 0..40 {
+            let place = enter(&all, "a", now).unwrap();
+            now += Duration::from_millis(10);
+            leave(place, now);
+        }
+        let _places = [enter(&all, "a", now).unwrap(), enter(&all, "a", now).unwrap()];
+        assert!(enter(&all, "a", now).unwrap_err() < Duration::from_secs(1));
     }
 
     #[test]

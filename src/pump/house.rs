@@ -428,6 +428,11 @@ impl House {
         self.known().replicas = replicas;
     }
 
+    /// Whether no other process is known to work on this store.
+    pub(super) fn is_alone(&self) -> bool {
+        self.known().replicas.len() <= 1
+    }
+
     pub(super) fn known(&self) -> MutexGuard<'_, Known> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -6,8 +6,8 @@
 //! Every replica does it, without a leader: two that meet at one row do no harm, because each step is one
 //! transaction that takes what is free.
 
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
@@ -23,11 +23,18 @@ pub(super) struct Calls {
     due: Notify,
     lost: Notify,
     past: Notify,
+    called: Mutex<Option<Instant>>,
 }
 
 impl Calls {
-    /// Calls for what is to do. Who is just at it looks once more.
+    /// Calls for what is to do, not much more often than once a second, however often reports are made. Who is just at it
+    /// looks once more.
     pub(super) fn call(&self, chores: Chores) {
+        let mut called = self.called.lock().unwrap_or_else(PoisonError::into_inner);
+        if called.is_some_and(|called| called.elapsed() < CALL_PAUSE) {
+            return;
+        }
+        *called = Some(Instant::now());
         let Chores { due, lost, past } = chores;
         for (wanted, call) in [(due, &self.due), (lost, &self.lost), (past, &self.past)] {
             if wanted {
@@ -120,6 +127,8 @@ fn complain(what: &'static str, error: &store::Error) -> Duration {
 const BATCH: usize = 500;
 /// How long it goes on without a call: whoever reports, or the report itself, may fail.
 const UNCALLED_MAX: Duration = Duration::from_secs(30);
+/// How long nobody is called after a call; less than the time between two reports.
+const CALL_PAUSE: Duration = Duration::from_millis(900);
 const TRY_AGAIN_AFTER: Duration = Duration::from_secs(1);
 /// The shortest sleep, so that a clock that stands still does not make a busy loop.
 const SHORTEST: Duration = Duration::from_millis(1);

@@ -61,6 +61,8 @@ pub struct Watch {
     store: Arc<dyn Store>,
     id: MessageId,
     told: Arc<Told>,
+    /// After how long it is looked for the first time.
+    first_look: Duration,
     leaving: CancellationToken,
 }
 
@@ -75,7 +77,8 @@ impl Watch {
             Arc::clone(&waiter.told)
         };
         let (outcomes, store) = (Arc::clone(outcomes), Arc::clone(pump.store()));
-        Self { outcomes, store, id, told, leaving: pump.leaving().clone() }
+        let first_look = if pump.house().is_alone() { LAST_LOOK } else { FIRST_LOOK };
+        Self { outcomes, store, id, told, first_look, leaving: pump.leaving().clone() }
     }
 
     /// Waits until the message has come to its end, whichever that is, for at most `patience`; then it is shown with
@@ -88,7 +91,7 @@ impl Watch {
         is_new: bool,
     ) -> store::Result<Option<(Record, Vec<DeliveryRecord>)>> {
         let until = Instant::now() + patience;
-        let mut look = FIRST_LOOK;
+        let mut look = self.first_look;
         let mut told = std::pin::pin!(self.told.now.notified());
         told.as_mut().enable();
         let mut is_to_be_looked_for = !is_new || self.told.has_ended.load(Ordering::Acquire);
@@ -135,6 +138,7 @@ impl Pumphouse {
     }
 }
 
-/// How long to trust what this process settles, at first and then.
+/// How long to trust what this process settles, at first and then. Where no other process settles anything, so long from
+/// the start: at rush hour many would look in vain, and hold up what they wait for.
 const FIRST_LOOK: Duration = Duration::from_millis(250);
 const LAST_LOOK: Duration = Duration::from_secs(1);

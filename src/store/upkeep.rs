@@ -89,7 +89,7 @@ impl Want {
 /// What is to do in a store, as far as a report saw: whatever is not said here needs no look for a while.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Chores {
-    /// Something that was scheduled is due: see [`Store::promote`](super::Store::promote).
+    /// Something that was scheduled is due, or will be before the next report: see [`Store::promote`](super::Store::promote).
     pub due: bool,
     /// Leases have run out: see [`Store::reap`](super::Store::reap).
     pub lost: bool,

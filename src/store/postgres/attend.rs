@@ -6,12 +6,13 @@
 //! nothing of that: see `look.rs`.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 
 use sqlx::{PgConnection, Row, query, query_scalar};
 
 use crate::model::ReplicaName;
 
-use super::super::{Attendance, Attended, Reaped, Result};
+use super::super::{Attendance, Attended, Error, Reaped, Result};
 use super::Postgres;
 use super::fault::Trouble;
 use super::groups::{blocks, free_groups};
@@ -79,6 +80,12 @@ on conflict (queue_id, replica) do update
 set slots = excluded.slots, able = excluded.able
 where (share.slots, share.able) <> (excluded.slots, excluded.able)";
 
+// Lives on: the primary key of pump.
+const REVISION: &str = "\
+select revision
+from pump
+where id = 1";
+
 // Lives on: lease_holder, one step for each holder; the primary key of replica; see `take_back`.
 // A holder that has never reported itself (incarnation 0) is known to nobody and judged by time alone.
 const TAKE_BACK: &str = take_back!(
@@ -141,8 +148,19 @@ from taken
 group by queue_id";
 
 /// The statements of this file.
-pub(super) const STATEMENTS: &[&str] =
-    &[TAKE_SENT, ENTER, REPORT, LEAVE, FORGET_DEAD, ALIVE, GIVE_UP_SHARES, TAKEN, TAKE, TAKE_BACK];
+pub(super) const STATEMENTS: &[&str] = &[
+    TAKE_SENT,
+    ENTER,
+    REPORT,
+    LEAVE,
+    FORGET_DEAD,
+    ALIVE,
+    GIVE_UP_SHARES,
+    TAKEN,
+    TAKE,
+    REVISION,
+    TAKE_BACK,
+];
 
 pub(super) async fn attend(store: &Postgres, attendance: Attendance) -> Result<Attended> {
     // Before it is written, so that no lease is taken in the name of an earlier start of this process.
@@ -172,14 +190,20 @@ pub(super) async fn attend(store: &Postgres, attendance: Attendance) -> Result<A
 
 /// Reports under the lock, and takes the shares that are left to take.
 async fn report(store: &Postgres, attendance: Attendance) -> Result<(Vec<u32>, Look)> {
-    let asking = attendance.clone();
-    let reported = store.hands.transact(move |connection| {
-        let attendance = asking.clone();
-        Box::pin(async move { report_alone(connection, &attendance).await })
+    let (hands, reports) = (store.hands.clone(), Arc::clone(&store.reports));
+    reports.begin(&attendance.replica);
+    // It is made although nobody may wait for it any more, and so is what is known of it.
+    let reported = store.hands.tasks.spawn(async move {
+        let asking = attendance.clone();
+        let reported = hands.transact(move |connection| {
+            let attendance = asking.clone();
+            Box::pin(async move { report_alone(connection, &attendance).await })
+        });
+        let reported = reported.await;
+        reports.end(attendance, reported.as_ref().ok());
+        reported
     });
-    let (shares, look) = reported.await?;
-    store.reports.note(attendance, &shares, &look);
-    Ok((shares, look))
+    reported.await.map_err(|died| Error::Unavailable(died.into()))?
 }
 
 async fn report_alone(
@@ -188,6 +212,8 @@ async fn report_alone(
 ) -> Result<(Vec<u32>, Look), Trouble> {
     let name = attendance.replica.as_str();
     query(ENTER).bind(LOCK).execute(&mut *connection).await?;
+    // Before anything is read: what changes meanwhile is a change that the next report finds.
+    let revision = query_scalar(REVISION).fetch_one(&mut *connection).await?;
     if attendance.leaving {
         let leave = query(LEAVE).bind(name).bind(attendance.incarnation);
         leave.execute(&mut *connection).await?;
@@ -199,7 +225,9 @@ async fn report_alone(
     let replicas = alive(connection).await?;
     let shares = shares(connection, attendance, &replicas).await?;
     // What it sees now, the next one is compared with.
-    Ok((shares, look(connection, attendance).await?))
+    let mut seen = look(connection, attendance).await?;
+    seen.revision = revision;
+    Ok((shares, seen))
 }
 
 async fn alive(connection: &mut PgConnection) -> sqlx::Result<Vec<ReplicaName>> {

@@ -20,7 +20,8 @@ use super::rows;
 // ready_expiring, behind_expiring, scheduled_expiring, dead_since and idempotency_sweep, one look each (ended and dead:
 // for each queue); share, read whole; doomed, released and sent, at their beginnings; tally, as far as it is folded at a
 // time: folded, it has one row for each queue and state. A holder of incarnation 0 is known to nobody. What others have
-// at the moment is only compared, so a sum of hashes does.
+// at the moment is only compared, so a sum of hashes does. What is due before the next look is called for now, to be in
+// time.
 const STILL_HERE: &str = "\
 with recursive clock as (
     select now_micros() as now
@@ -78,7 +79,7 @@ select revision, now,
             )
     ) as orphans,
     exists (select 1 from sent) as sent,
-    exists (select 1 from scheduled where due_at <= now) as due,
+    exists (select 1 from scheduled where due_at <= now + 1500000) as due,
     exists (select 1 from lease where until <= now) as lost,
     exists (
             select 1
@@ -141,7 +142,17 @@ pub(super) struct Look {
 
 /// What was last reported for each process of this program, and what came of it.
 #[derive(Debug, Default)]
-pub(super) struct Reports(Mutex<HashMap<ReplicaName, Report>>);
+pub(super) struct Reports(Mutex<HashMap<ReplicaName, Reported>>);
+
+/// What is known of the reports of one process.
+#[derive(Debug, Default)]
+struct Reported {
+    /// What the database has. Nothing while that may change: a report that nobody waits for any more is still made.
+    last: Option<Report>,
+    under_way: u32,
+    /// Whether one of those began while another was under way, so that nobody knows which was the last.
+    overlap: bool,
+}
 
 #[derive(Debug)]
 struct Report {
@@ -154,7 +165,9 @@ struct Report {
 impl Reports {
     /// Whether this is what was reported last.
     fn is_the_last(&self, attendance: &Attendance) -> bool {
-        self.lock().get(&attendance.replica).is_some_and(|last| {
+        let all = self.lock();
+        let last = all.get(&attendance.replica).and_then(|reported| reported.last.as_ref());
+        last.is_some_and(|last| {
             (last.incarnation, &last.wants) == (attendance.incarnation, &attendance.wants)
         })
     }
@@ -162,25 +175,36 @@ impl Reports {
     /// The shares of the last report, where all that they follow from is still so.
     fn shares(&self, replica: &ReplicaName, look: &Look) -> Option<Vec<u32>> {
         let all = self.lock();
-        let last = all.get(replica)?;
+        let last = all.get(replica)?.last.as_ref()?;
         let seen = |look: &Look| (look.revision, look.others);
         let same = seen(&last.seen) == seen(look) && last.seen.replicas == look.replicas;
         (same && look.known && !look.some_gone).then(|| last.shares.clone())
     }
 
-    /// Notes what was reported and has been committed.
-    pub(super) fn note(&self, attendance: Attendance, shares: &[u32], seen: &Look) {
-        let Attendance { replica, incarnation, wants, leaving, .. } = attendance;
+    /// Notes that a report begins.
+    pub(super) fn begin(&self, replica: &ReplicaName) {
         let mut all = self.lock();
-        if leaving {
-            all.remove(&replica);
-        } else {
-            let (shares, seen) = (shares.to_vec(), seen.clone());
-            all.insert(replica, Report { incarnation, wants, shares, seen });
-        }
+        let reported = all.entry(replica.clone()).or_default();
+        reported.last = None;
+        reported.overlap |= reported.under_way > 0;
+        reported.under_way += 1;
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<ReplicaName, Report>> {
+    /// Notes that a report has ended, and what came of it if that was committed for sure.
+    pub(super) fn end(&self, attendance: Attendance, came: Option<&(Vec<u32>, Look)>) {
+        let Attendance { replica, incarnation, wants, leaving, .. } = attendance;
+        let mut all = self.lock();
+        let Some(reported) = all.get_mut(&replica) else { return };
+        reported.under_way -= 1;
+        if reported.under_way > 0 {
+            return;
+        }
+        let came = came.filter(|_| !reported.overlap && !leaving).cloned();
+        reported.overlap = false;
+        reported.last = came.map(|(shares, seen)| Report { incarnation, wants, shares, seen });
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<ReplicaName, Reported>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

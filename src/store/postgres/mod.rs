@@ -78,7 +78,7 @@ pub struct Postgres {
     settles: Writer<Settles>,
     herald: Arc<Herald>,
     pumps: Arc<Pumps>,
-    reports: look::Reports,
+    reports: Arc<look::Reports>,
     /// Queues whose messages take turns, and where their last claims ended: the lanes of the last messages.
     last_lanes: Mutex<HashMap<QueueName, i32>>,
     stop: CancellationToken,
@@ -119,7 +119,7 @@ impl Postgres {
             claims: Hands { pool: open::pool(durable(), 4), tasks },
             herald,
             pumps,
-            reports: look::Reports::default(),
+            reports: Arc::default(),
             last_lanes: Mutex::default(),
             _stop_when_dropped: stop.clone().drop_guard(),
             stop,

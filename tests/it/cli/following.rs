@@ -1,17 +1,41 @@
 //! `receive` and `tail`: they live through a server that is away or busy, and end when nobody reads them.
 
 use std::sync::Mutex;
+use std::time::Duration;
 
 use serde_json::{Value, json};
-use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::ChildStdout;
+use tokio::time::timeout;
 
+use crate::support::client::Client;
 use crate::support::process::{Database, Process};
 use crate::support::receiver::{Mood, Receiver, Reply};
-use crate::support::{eventually, never_within};
+use crate::support::{PATIENCE, eventually, never_within, pass};
 
 use super::running::Running;
 
 const FOLLOW: &[&str] = &["receive", "q", "--follow"];
+
+/// Sends until one of them is shown, because `tail` shows nothing from before its own start.
+async fn send_until_shown(client: &Client, shown: impl Fn(&str) -> bool) -> String {
+    let mut last = String::new();
+    eventually("it is shown", async || {
+        last = client.send("q", "x").await;
+        let mut looks = 0..20;
+        while looks.next().is_some() && !shown(&last) {
+            pass(Duration::from_millis(50)).await;
+        }
+        shown(&last)
+    })
+    .await;
+    last
+}
+
+async fn read_line(lines: &mut Lines<BufReader<ChildStdout>>) -> String {
+    let line = timeout(PATIENCE, lines.next_line()).await.expect("a line comes");
+    line.expect("it can be read").expect("a line")
+}
 
 #[tokio::test]
 async fn whoever_follows_lives_through_a_restart_of_the_server() {
@@ -19,9 +43,8 @@ async fn whoever_follows_lives_through_a_restart_of_the_server() {
     let mut server = Process::start(&database, &["--queue", "q=pull:"]).await;
     let address = server.address().to_string();
     let all = [FOLLOW, &["tail"]].map(|arguments| Running::start(&address, arguments));
-    let id = server.client().send("q", "1").await;
     for one in &all {
-        eventually("it is shown", async || one.printed().contains(&id)).await;
+        send_until_shown(&server.client(), |id| one.printed().contains(id)).await;
     }
     server.kill_hard().await;
     for one in &all {
@@ -113,7 +136,7 @@ async fn what_was_not_printed_when_the_reader_went_away_is_ready_again() {
     let arguments = [FOLLOW, &["--max", "5"]].concat();
     let (running, stdout) = Running::with_stdout(server.address(), &arguments);
     let mut lines = BufReader::new(stdout).lines();
-    let line = lines.next_line().await.expect("it can be read").expect("a line");
+    let line = read_line(&mut lines).await;
     drop(lines);
     let end = running.end().await;
     assert_eq!(end.code, Some(0), "a reader that has gone is no failure: {end:?}");
@@ -134,10 +157,19 @@ async fn an_idle_tail_ends_when_its_reader_goes_away() {
     let database = Database::sqlite().off_the_disk();
     let server = Process::start(&database, &["--queue", "q=pull:"]).await;
     let (running, stdout) = Running::with_stdout(server.address(), &["tail", "q"]);
-    let id = server.client().send("q", "x").await;
     let mut lines = BufReader::new(stdout).lines();
-    let line = lines.next_line().await.expect("it can be read").expect("a line");
-    assert!(line.contains(&id), "{line}");
+    let (sent, line) = tokio::join!(
+        async {
+            // Until one comes after its start; few, so that a pipe has room for them.
+            for _ in 0..10 {
+                server.client().send("q", "x").await;
+                pass(Duration::from_millis(300)).await;
+            }
+        },
+        read_line(&mut lines)
+    );
+    let () = sent;
+    assert!(line.contains(" q "), "{line}");
     drop(lines);
     let end = running.end().await;
     assert_eq!((end.code, end.said.as_str()), (Some(0), ""));
@@ -156,5 +188,5 @@ async fn what_is_to_be_retried_comes_back_when_the_queue_says() {
     eventually("it waits for its retry", waits).await;
     let tries = || running.printed().lines().count();
     eventually("it was tried at once, and then again", async || tries() == 2).await;
-    never_within("it comes a third time", std::time::Duration::from_secs(1), || tries() > 2).await;
+    never_within("it comes a third time", Duration::from_secs(1), || tries() > 2).await;
 }

@@ -1,12 +1,13 @@
 //! Many lines into a queue or a topic: what is refused for now, what is refused for good, and what is named.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures::future::join;
 use serde_json::{Value, json};
 
 use crate::support::process::{Database, Process};
-use crate::support::receiver::{Mood, Receiver, Reply};
+use crate::support::receiver::{Delivery, Mood, Receiver, Reply};
 use crate::support::{eventually, pass};
 
 use super::running::{End, Running};
@@ -190,4 +191,65 @@ async fn a_server_that_is_busy_is_asked_again_with_the_same_and_one_that_says_no
     assert_eq!((end.code, end.count("sent")), (Some(1), 0), "the summary comes all the same");
     assert!(end.said.contains("404 Not Found") && end.said.contains("lines 1 to 2"), "{end:?}");
     assert_eq!((server.deliveries(BATCH).len(), end.times("trying again")), (5, 0));
+}
+
+/// Answers each batch by this, which is given the number of the request.
+async fn scripted(answer: impl Fn(usize) -> Value + Send + Sync + 'static) -> (Receiver, String) {
+    let server = Receiver::start().await;
+    let asked = AtomicUsize::new(0);
+    let mood = move |_: &Delivery| {
+        let answer = answer(asked.fetch_add(1, Ordering::Relaxed));
+        Mood::Answer(Reply::new(207).body(answer.to_string()))
+    };
+    server.set(BATCH, Mood::by(mood));
+    let address = server.url("").replace("http://", "");
+    (server, address)
+}
+
+const BATCH: &str = "/v1/queues/q/messages/batch";
+
+fn items(statuses: &[u16]) -> Value {
+    let item = |status: &u16| json!({"status": status, "problem": {"code": "c", "detail": "d"}});
+    json!({"items": statuses.iter().map(item).collect::<Vec<_>>()})
+}
+
+/// Its key alone would tell a repeat of what was kept and not told.
+#[tokio::test]
+async fn what_may_have_been_kept_goes_again_under_its_key() {
+    let all = [items(&[201, 503]), items(&[200, 201])];
+    let (server, address) = scripted(move |asked| all[asked.min(1)].clone()).await;
+    let mut running = Running::start(&address, LINES);
+    running.feed(numbered(0..2)).await;
+    let end = running.end().await;
+    assert_eq!((end.code, end.count("sent"), end.count("refused")), (Some(0), 2, 0), "{end:?}");
+    let said = server.deliveries(BATCH);
+    let of = |at: usize| (said[at].header("idempotency-key").to_owned(), said[at].body.clone());
+    assert_eq!((said.len(), of(0)), (2, of(1)));
+}
+
+/// Twelve batches, of each of which the half gets in at the second try: more tries than there is patience for one.
+#[tokio::test]
+async fn patience_is_for_those_that_do_not_get_in_at_all() {
+    let answer = |asked| if asked % 2 == 0 { items(&[201, 429]) } else { items(&[201]) };
+    let (server, address) = scripted(answer).await;
+    let mut running = Running::start(&address, LINES);
+    for _ in 0..12 {
+        let before = server.deliveries(BATCH).len();
+        running.feed(numbered(0..2)).await;
+        let done = async || server.deliveries(BATCH).len() == before + 2;
+        eventually("they are sent", done).await;
+    }
+    let end = running.end().await;
+    assert_eq!((end.code, end.count("sent"), end.count("refused")), (Some(0), 24, 0), "{end:?}");
+}
+
+/// A line that is done is done once, or it is said that it was not.
+#[tokio::test]
+async fn what_is_taken_twice_is_told() {
+    let all = [items(&[201, 429]), items(&[201, 201])];
+    let (_server, address) = scripted(move |asked| all[asked.min(1)].clone()).await;
+    let mut running = Running::start(&address, LINES_WITH_KEY);
+    running.feed(numbered(0..2)).await;
+    let end = running.end().await;
+    assert!(end.said.contains("line 1 is there twice"), "{end:?}");
 }
