@@ -16,7 +16,7 @@ use super::super::{Attendance, Attended, Error, Reaped, Result};
 use super::Postgres;
 use super::fault::Trouble;
 use super::groups::{blocks, free_groups};
-use super::look::{Look, look, replica, still_here};
+use super::look::{Look, holders, look, replica, still_here};
 use super::news::Word;
 use super::rows;
 use super::upkeep::{counts, take_back, taken_back, word};
@@ -89,25 +89,7 @@ where id = 1";
 // Lives on: lease_holder, one step for each holder; the primary key of replica; see `take_back`.
 // A holder that has never reported itself (incarnation 0) is known to nobody and judged by time alone.
 const TAKE_BACK: &str = take_back!(
-    "recursive holder (replica, incarnation) as (
-    (
-        select lease.replica, lease.incarnation
-        from lease
-        order by lease.replica, lease.incarnation
-        limit 1
-    )
-    union all
-    select next.replica, next.incarnation
-    from holder
-    cross join lateral (
-        select lease.replica, lease.incarnation
-        from lease
-        where (lease.replica, lease.incarnation) > (holder.replica, holder.incarnation)
-        order by lease.replica, lease.incarnation
-        limit 1
-    ) as next
-),
-",
+    ["recursive ", holders!(), ",\n"],
     "
         select found.tid
         from holder

@@ -16,23 +16,10 @@ use super::Postgres;
 use super::fault::{Trouble, unreadable};
 use super::rows;
 
-// Lives on: the primary keys of replica, pump, scheduled and ended; lease_until, lease_holder (one step for each holder),
-// ready_expiring, behind_expiring, scheduled_expiring, dead_since and idempotency_sweep, one look each (ended and dead:
-// for each queue); share, read whole; doomed, released and sent, at their beginnings; tally, as far as it is folded at a
-// time: folded, it has one row for each queue and state. A holder of incarnation 0 is known to nobody. What others have
-// at the moment is only compared, so a sum of hashes does. What is due before the next look is called for now, to be in
-// time.
-const STILL_HERE: &str = "\
-with recursive clock as (
-    select now_micros() as now
-),
-me as (
-    update replica
-    set seen_at = now_micros(), good_for = $3
-    where name = $1
-        and incarnation = $2
-    returning name
-),
+/// Who holds leases, and by which start of a process. Lives on: lease_holder, one step for each.
+macro_rules! holders {
+    () => {
+        "\
 holder (replica, incarnation) as (
     (
         select lease.replica, lease.incarnation
@@ -51,7 +38,33 @@ holder (replica, incarnation) as (
         order by lease.replica, lease.incarnation
         limit 1
     ) as next
-)
+)"
+    };
+}
+
+pub(super) use holders;
+
+// Lives on: the primary keys of replica, pump, scheduled and ended; lease_until, lease_holder (one step for each holder),
+// ready_expiring, behind_expiring, scheduled_expiring, dead_since and idempotency_sweep, one look each (ended and dead:
+// for each queue); share, read whole; doomed, released and sent, at their beginnings; tally, as far as it is folded at a
+// time: folded, it has one row for each queue and state. A holder of incarnation 0 is known to nobody. What others have
+// at the moment is only compared, so a sum of hashes does. What is due before the next look is called for now, to be in
+// time.
+const STILL_HERE: &str = concat!(
+    "\
+with recursive clock as (
+    select now_micros() as now
+),
+me as (
+    update replica
+    set seen_at = now_micros(), good_for = $3
+    where name = $1
+        and incarnation = $2
+    returning name
+),
+",
+    holders!(),
+    "
 select revision, now,
     exists (select 1 from me) as known,
     array(select name from replica order by name) as replicas,
@@ -116,7 +129,8 @@ select revision, now,
             ) as past
         ) as past
 from pump, clock
-where id = 1";
+where id = 1"
+);
 
 /// The statements of this file.
 pub(super) const STATEMENTS: &[&str] = &[STILL_HERE];

@@ -49,11 +49,11 @@ limit 1";
 ///
 /// Lives on: the primary keys of lease, queue, message, delivery, and of ready or dead; see `free_groups`.
 macro_rules! take_back {
-    ($with:literal, $which:literal) => {
+    ([$($with:tt)*], $which:literal) => {
         concat!(
             "\
 with ",
-            $with,
+            $($with)*,
             "clock as (
     select now_micros() as now
 ),
@@ -141,7 +141,7 @@ pub(super) use take_back;
 
 // Lives on: lease_until; see `take_back`.
 const REAP: &str = take_back!(
-    "",
+    [""],
     "
         select ctid
         from lease
