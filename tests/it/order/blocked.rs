@@ -73,8 +73,9 @@ async fn a_blocked_group_of_a_hundred_thousand_costs_the_others_nothing(database
         costs[0],
         costs[1]
     );
-    // A level more in the index of those who wait, for each message that is claimed.
-    assert!(costs[0] <= costs[1] + 2 * CLAIMED as u64, "{costs:?}");
+    // For each message that is claimed two looks into the index of those who wait, which has two levels more there, and
+    // one page to spare. To pass by all who wait would be hundreds.
+    assert!(costs[0] <= costs[1] + 5 * CLAIMED as u64, "{costs:?}");
     // Rounds differ by a tenth here; what is found in many of them stands in docs/decisions/0022-groups.md.
     assert!(ratios[ROUNDS / 2] <= 1.25, "{ratios:?}");
 }
@@ -121,6 +122,8 @@ async fn pages_of_a_claim(url: &str) -> u64 {
         let set = format!("set {name} = {value}");
         sqlx::raw_sql(AssertSqlSafe(set)).execute(&mut connection).await.expect("it is set");
     }
+    // What the rounds before have left, and how much of it was vacuumed meanwhile, is another in each house.
+    sqlx::raw_sql("vacuum").execute(&mut connection).await.expect("it can be vacuumed");
     let begin = "set search_path = pumphouse; begin";
     sqlx::raw_sql(begin).execute(&mut connection).await.expect("it begins");
     let plain = |text: &&str| !text.contains("recursive") && !text.contains("urgent\n");
